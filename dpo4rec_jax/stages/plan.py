@@ -1,0 +1,134 @@
+"""Which stages a config asks for, in which order, and what each of them reads.
+
+The data flows one way: raw log -> sequences -> prompt -> tokens -> text -> vector -> score -> pair
+-> policy. A stage runs again exactly when something in its `inputs` differs from its manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo4rec_jax import __version__
+from dpo4rec_jax.config import Config, InputError
+from dpo4rec_jax.workspace import Workspace, digest_of_path
+
+STAGES = (
+    "prepare",
+    "warmup",
+    "reason",
+    "encode",
+    "rank",
+    "prefer",
+    "align",
+    "evaluate",
+    "report",
+)
+
+SECTIONS = {
+    "prepare": ("data",),
+    "warmup": ("policy", "warmup"),
+    "reason": ("policy", "reason"),
+    "encode": ("encode",),
+    "rank": ("rank", "prefer"),
+    "prefer": ("prefer",),
+    "align": ("policy", "align"),
+    "evaluate": ("prefer",),
+    "report": ("evaluate",),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of one round (round None: once a run) and the steps whose artifacts it reads."""
+
+    stage: str
+    round: int | None
+    needs: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        return self.stage if self.round is None else f"{self.stage} (round {self.round})"
+
+
+def has_warmup(config: Config) -> bool:
+    return config.policy.path == "tiny" or config.warmup.texts is not None
+
+
+def plan(config: Config) -> list[Step]:
+    """Every step of the run in the order they are taken."""
+    prepare = Step("prepare", None, ())
+    steps = [prepare]
+    policy: tuple[Step, ...] = ()
+    if has_warmup(config):
+        policy = (Step("warmup", None, (prepare,)),)
+        steps += policy
+    before: dict[str, Step] = {}
+    for round in range(config.rounds + 1):
+        earlier = (before["reason"],) if round else ()
+        reason = Step("reason", round, (prepare, *policy, *earlier))
+        encode = Step("encode", round, (prepare, reason, *policy))
+        best = (before["prefer"],) if round else ()
+        rank = Step("rank", round, (prepare, reason, encode, *best))
+        judge = (before["rank"], before["prefer"], before["encode"]) if round else ()
+        drift = (before["align"],) if round else ()
+        evaluate = Step("evaluate", round, (prepare, reason, encode, rank, *judge, *drift))
+        steps += [reason, encode, rank, evaluate]
+        before = {"reason": reason, "encode": encode, "rank": rank, "evaluate": evaluate}
+        if round < config.rounds:
+            prefer = Step("prefer", round, (prepare, reason, encode, rank))
+            align = Step("align", round, (prepare, prefer, *policy))
+            steps += [prefer, align]
+            before |= {"prefer": prefer, "align": align}
+            policy = (*policy, align)
+    read_by_report = ("prepare", "reason", "prefer", "align", "evaluate")
+    steps.append(Step("report", None, tuple(s for s in steps if s.stage in read_by_report)))
+    return steps
+
+
+def selected(steps: list[Step], stages: Sequence[str] | None) -> list[Step]:
+    """The steps of the named stages. Raises InputError for a name that is no stage."""
+    if stages is None:
+        return steps
+    for name in stages:
+        if name not in STAGES:
+            raise InputError(f"--stages {name}: unknown stage; known: {', '.join(STAGES)}")
+    return [step for step in steps if step.stage in stages]
+
+
+def inputs_of(step: Step, config: Config, workspace: Workspace) -> dict[str, Any]:
+    """What decides the artifact of a step: config sections, upstream artifacts, files, code.
+
+    Raises InputError where an upstream step is not complete.
+    """
+    sections = {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS[step.stage]}
+    upstream = {}
+    for need in step.needs:
+        manifest = workspace.manifest(need.stage, need.round)
+        if manifest is None:
+            raise InputError(
+                f"{workspace.path}: stage {step} reads {need}, which is not complete; "
+                f"run it first: --stages {need.stage}"
+            )
+        upstream[str(need)] = manifest["outputs_digest"]
+    return {
+        "seed": config.seed,
+        "config": sections,
+        "upstream": upstream,
+        "files": {path: digest_of_path(Path(path).expanduser()) for path in _files(step, config)},
+        "code": __version__,
+    }
+
+
+def _files(step: Step, config: Config) -> list[str]:
+    """Local files outside the workspace that a step reads."""
+    read: dict[str, tuple[str | None, ...]] = {
+        "prepare": (config.data.path,),
+        "warmup": (config.policy.path, config.warmup.texts),
+        "reason": (config.policy.path, config.reason.texts),
+        "encode": (config.encode.encoder, config.evaluate.external_texts),
+        "align": (config.policy.path,),
+    }
+    named = [path for path in read.get(step.stage, ()) if path is not None]
+    return [path for path in named if Path(path).expanduser().exists()]

@@ -1,0 +1,256 @@
+"""The workspace of a run: where each stage leaves its artifact, and whether it is complete.
+
+A stage's directory carries `manifest.json`: digests of what it read (config sections, upstream
+artifacts, input files), of what it left, the code version and the time taken. It is written last
+and atomically, so a stage is complete exactly when its manifest exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo4rec_jax import __version__
+from dpo4rec_jax.config import Config, InputError, dump_config
+from dpo4rec_jax.runtime.progress import MetricsLog, Progress
+
+MANIFEST = "manifest.json"
+PARTIAL = "partial.json"
+BYTES_HASHED_WHOLE = 64 * 2**20
+BYTES_SAMPLED = 2**20
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage's `run` is given.
+
+    `directory` is where it writes; it is empty unless an interrupted run with the same inputs left
+    partial files there to continue from.
+    """
+
+    config: Config
+    workspace: Workspace
+    name: str
+    round: int | None
+    directory: Path
+    log: MetricsLog
+    progress: Progress
+
+
+class Workspace:
+    """Paths and manifests under one directory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def stage_dir(self, name: str, round: int | None = None) -> Path:
+        return self.path / name if round is None else self.path / f"round{round}" / name
+
+    def manifest(self, name: str, round: int | None = None) -> dict[str, Any] | None:
+        """The manifest of a complete stage, None where it is not complete."""
+        path = self.stage_dir(name, round) / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise InputError(
+                f"{path}: damaged manifest; delete it to run stage {name} again"
+            ) from None
+
+    def policy_source(self, config: Config, round: int) -> tuple[str, tuple[Path, ...]]:
+        """Where round r's policy lies: a path for `load_policy`, and the adapters to merge."""
+        warmed = config.policy.path == "tiny" or config.warmup.texts is not None
+        base = str(self.stage_dir("warmup") / "policy") if warmed else config.policy.path
+        if config.align.method == "lora":
+            aligned = [self.stage_dir("align", r) / "adapter" for r in range(round)]
+            return base, tuple(aligned)
+        return (str(self.stage_dir("align", round - 1) / "policy") if round else base), ()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the workspace for this process; the system frees it when the process ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise InputError(
+                    f"{self.path}: workspace in use by {holder}; wait for it or name another "
+                    "--workdir"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            yield
+
+    def adopt(self, config: Config, *, overwrite: bool) -> bool:
+        """Writes config.yaml; True where the workspace already held this config.
+
+        Raises InputError where it holds another one and `overwrite` is not given.
+        """
+        path = self.path / "config.yaml"
+        text = dump_config(config)
+        if path.exists():
+            held = path.read_text(encoding="utf-8")
+            if held == text:
+                return True
+            if not overwrite:
+                key = _first_difference(held, text)
+                raise InputError(
+                    f"{self.path}: holds a run of another config (first difference: {key}); give "
+                    "--overwrite to rerun the stages that change, or another --workdir"
+                )
+        write_text(path, text)
+        return False
+
+    def damaged(self, name: str, round: int | None) -> str | None:
+        """The first file of a complete stage that is not as its manifest says, or None."""
+        manifest = self.manifest(name, round)
+        for relative, kept in (manifest or {}).get("files", {}).items():
+            path = self.stage_dir(name, round) / relative
+            if not path.exists() or path.stat().st_size != kept["bytes"]:
+                return relative
+            small = kept["bytes"] <= BYTES_HASHED_WHOLE
+            if small and digest_of_file(path) != kept["digest"]:
+                return relative
+        return None
+
+    @contextlib.contextmanager
+    def running(
+        self, name: str, round: int | None, inputs: Mapping[str, Any], *, keep_partial: bool
+    ) -> Iterator[Path]:
+        """The stage's directory to write in; on a clean exit its manifest is written, last."""
+        directory = self.stage_dir(name, round)
+        digest = digest_of(inputs)
+        if not (keep_partial and _partial_digest(directory) == digest):
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / MANIFEST).unlink(missing_ok=True)
+        write_json(directory / PARTIAL, {"inputs": digest})
+        began = time.monotonic()
+        yield directory
+        (directory / PARTIAL).unlink()
+        files = {
+            str(path.relative_to(directory)): {
+                "bytes": path.stat().st_size,
+                "digest": digest_of_file(path),
+            }
+            for path in sorted(directory.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {
+            "stage": name,
+            "round": round,
+            "inputs": dict(inputs),
+            "inputs_digest": digest,
+            "outputs_digest": digest_of(files),
+            "code": __version__,
+            "seconds": round_seconds(time.monotonic() - began),
+            "finished": time.time(),
+            "files": files,
+        }
+        write_json(directory / MANIFEST, manifest)
+
+
+def round_seconds(seconds: float) -> float:
+    return round(seconds, 3)
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a JSON-able value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """sha256 of a file; of its size, first and last MiB where it is over 64 MiB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= BYTES_HASHED_WHOLE:
+            digest.update(file.read())
+        else:
+            digest.update(str(size).encode())
+            digest.update(file.read(BYTES_SAMPLED))
+            file.seek(-BYTES_SAMPLED, os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def digest_of_path(path: Path) -> str | None:
+    """Digest of a file, or of all files below a directory; None where nothing is there."""
+    if path.is_file():
+        return digest_of_file(path)
+    if not path.is_dir():
+        return None
+    files = sorted(inner for inner in path.rglob("*") if inner.is_file())
+    return digest_of({str(inner.relative_to(path)): digest_of_file(inner) for inner in files})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    with _replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Uncompressed npz without pickles: string arrays must have a fixed-width dtype."""
+    for name, array in arrays.items():
+        assert array.dtype != object, f"{name}: object arrays would be pickled"
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _partial_digest(directory: Path) -> str | None:
+    try:
+        return json.loads((directory / PARTIAL).read_text(encoding="utf-8"))["inputs"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
+
+
+def _first_difference(held: str, wanted: str) -> str:
+    """The config path of the first line in which two resolved configs differ."""
+    section: list[str] = []
+    for ours, theirs in zip(wanted.splitlines(), held.splitlines(), strict=False):
+        depth = (len(ours) - len(ours.lstrip())) // 2
+        section = [*section[:depth], ours.strip().split(":")[0]]
+        if ours != theirs:
+            break
+    return ".".join(section)
