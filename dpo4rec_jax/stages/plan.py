@@ -102,7 +102,9 @@ def inputs_of(step: Step, config: Config, workspace: Workspace) -> dict[str, Any
 
     Raises InputError where an upstream step is not complete.
     """
-    sections = {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS[step.stage]}
+    sections = {
+        name: getattr(config, name).model_dump(mode="json") for name in SECTIONS[step.stage]
+    }
     upstream = {}
     for need in step.needs:
         manifest = workspace.manifest(need.stage, need.round)

@@ -1,0 +1,36 @@
+"""What every command promises: one line for a user's mistake, and the exit status."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from dpo4rec_jax.config import InputError
+from dpo4rec_jax.runtime.progress import Stopped
+
+DONE, OURS, USERS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+
+def exit_status(body: Callable[[], None]) -> int:
+    """Runs a command's body: 0 done, 2 the user's mistake, 1 ours, 130/143 stopped by a signal."""
+    try:
+        body()
+    except InputError as error:
+        return _say(f"error: {error}", USERS)
+    except Stopped:
+        return _say("stopped by SIGTERM; continue with --resume", TERMINATED)
+    except KeyboardInterrupt:
+        return _say("interrupted; continue with --resume", INTERRUPTED)
+    except OSError as error:  # a full disk, a directory without write permission
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"error: {where}{error.strerror or error}", USERS)
+    except Exception:
+        traceback.print_exc()
+        return OURS
+    return DONE
+
+
+def _say(line: str, status: int) -> int:
+    print(line, file=sys.stderr)
+    return status
