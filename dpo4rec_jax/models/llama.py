@@ -1,0 +1,333 @@
+"""Llama-style decoders in Flax: Llama 2/3.x, SmolLM2, Mistral, Qwen2/2.5/3 by flags of one config.
+
+Pure functions outside, linen inside. Parameters are nested dicts whose layers are stacked on a
+leading axis L and scanned over, so a program compiles one layer whatever the depth:
+
+    embed [V, D], final_norm [D], unembed [D, V] (absent when tied), layers:
+      attention_norm, mlp_norm [L, D]; q_norm, k_norm [L, d] (Qwen3)
+      q, k, v, o, gate, up, down: {kernel [L, in, out], bias [L, out] (Qwen2: q, k, v)}
+
+How tokens see each other is a strategy handed in from outside (`Attention`): the layer projects
+and rotates, the strategy attends and keeps what it wants in its cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dpo4rec_jax.config import LoraConfig
+
+Params = Mapping[str, Any]
+DTypeName = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of the rotary frequencies: `linear` (all alike) or `llama3` (long waves only)."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture, and the dtypes it is held and computed in."""
+
+    vocab_size: int
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_eps: float = 1e-5
+    tied: bool = False
+    attention_bias: bool = False  # on q, k and v
+    output_bias: bool = False  # on o
+    qk_norm: bool = False
+    sliding_window: int | None = None  # a token sees itself and so many - 1 before it
+    max_position: int = 1 << 20
+    dtype: DTypeName = "float32"  # of activations and matrix products
+    param_dtype: DTypeName = "float32"
+
+    @property
+    def precision(self) -> jax.lax.Precision | None:
+        """float32 compute means float32: accelerators would otherwise multiply in TF32 or bf16."""
+        return jax.lax.Precision.HIGHEST if self.dtype == "float32" else None
+
+
+class Attention(Protocol):
+    """How tokens see each other, the same object for all layers; a pytree, so it may hold arrays.
+
+    q and k come rotated. `cache_layer` is this layer's slice of the cache (None without one) and
+    the returned one takes its place; `window` is the config's sliding window.
+    """
+
+    def __call__(
+        self,
+        query_BTHd: Float[Array, "B T H d"],
+        key_BTKd: Float[Array, "B T K d"],
+        value_BTKd: Float[Array, "B T K d"],
+        position_BT: Int[Array, "B T"],
+        cache_layer: Any,
+        window: int | None = None,
+    ) -> tuple[Float[Array, "B T H d"], Any]: ...
+
+
+class Projection(nn.Module):
+    """x W + b, plus the low-rank (alpha / rank) dropout(x) A B of an adapter when one is given."""
+
+    config: LlamaConfig
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, lora: Params | None, lora_config: LoraConfig | None, dropout: bool
+    ) -> Array:
+        config, shape = self.config, (x_BTD.shape[-1], self.features)
+        dot = functools.partial(jnp.dot, precision=config.precision)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, config.param_dtype)
+        y_BTO = dot(x_BTD, kernel.astype(x_BTD.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, shape[1:], config.param_dtype)
+            y_BTO += jnp.broadcast_to(bias.astype(x_BTD.dtype), y_BTO.shape)
+        if lora is None:
+            return y_BTO
+        assert lora_config is not None, "lora parameters come with their LoraConfig"
+        drop = nn.Dropout(lora_config.dropout, deterministic=not dropout)
+        down_BTR = dot(drop(x_BTD), lora["a"].astype(x_BTD.dtype))
+        up_BTO = dot(down_BTR, lora["b"].astype(x_BTD.dtype))
+        return y_BTO + up_BTO * (lora_config.alpha / lora["a"].shape[-1])
+
+
+def rms_norm(x_xD: Array, scale_D: Array, eps: float) -> Array:
+    """Normalised in float32, cast back, then scaled: HF's order, which bf16 parity hangs on."""
+    x32_xD = x_xD.astype(jnp.float32)
+    mean_square_x1 = jnp.mean(x32_xD * x32_xD, axis=-1, keepdims=True)
+    normed_xD = (x32_xD * jax.lax.rsqrt(mean_square_x1 + eps)).astype(x_xD.dtype)
+    return normed_xD * jnp.broadcast_to(scale_D.astype(x_xD.dtype), x_xD.shape)
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Radians a position for each of the head_dim / 2 pairs, float32.
+
+    Computed on the host in HF's order of float32 operations: at position 8,192 one more rounding
+    of a frequency is already 5e-4 radians. `llama3` as in `transformers`' modeling_rope_utils.
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequency = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    stretched = frequency / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return stretched
+    wavelength = np.float32(2 * np.pi) / frequency
+    original = np.float32(scaling.original_max_position)
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    blend = (original / wavelength - low) / (high - low)
+    blended = (1 - blend) * frequency / np.float32(scaling.factor) + blend * frequency
+    result = np.where(wavelength > original / low, stretched, frequency)
+    between = (wavelength >= original / high) & (wavelength <= original / low)
+    return np.where(between, blended, result).astype(np.float32)
+
+
+def rotate(x_BTHd: Array, cos_BTd: Array, sin_BTd: Array) -> Array:
+    """Rotary embedding in the half-split layout of HF checkpoints, in float32, cast back."""
+    first, second = jnp.split(x_BTHd.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTd[:, :, None], sin_BTd[:, :, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTHd.dtype)
+
+
+class Layer(nn.Module):
+    config: LlamaConfig
+    lora_config: LoraConfig | None = None
+    dropout: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, cache: Any, lora: Params | None, shared: tuple[Any, ...]
+    ) -> tuple[Array, Any]:
+        """`shared` is (attention, position_BT, cos_BTd, sin_BTd), the same for every layer."""
+        attention, position_BT, cos_BTd, sin_BTd = shared
+        config, (B, T) = self.config, x_BTD.shape[:2]
+        d = config.head_dim
+
+        normed_BTD = self._norm("attention_norm", x_BTD)
+        query = self._project("q", normed_BTD, lora, config.heads * d, config.attention_bias)
+        key = self._project("k", normed_BTD, lora, config.kv_heads * d, config.attention_bias)
+        value = self._project("v", normed_BTD, lora, config.kv_heads * d, config.attention_bias)
+        query_BTHd = query.reshape(B, T, config.heads, d)
+        key_BTKd = key.reshape(B, T, config.kv_heads, d)
+        if config.qk_norm:
+            query_BTHd = self._norm("q_norm", query_BTHd)
+            key_BTKd = self._norm("k_norm", key_BTKd)
+        attended_BTHd, cache = attention(
+            rotate(query_BTHd, cos_BTd, sin_BTd),
+            rotate(key_BTKd, cos_BTd, sin_BTd),
+            value.reshape(B, T, config.kv_heads, d),
+            position_BT,
+            cache,
+            config.sliding_window,
+        )
+        attended_BTO = attended_BTHd.reshape(B, T, config.heads * d)
+        x_BTD += self._project("o", attended_BTO, lora, config.width, config.output_bias)
+
+        normed_BTD = self._norm("mlp_norm", x_BTD)
+        gate = self._project("gate", normed_BTD, lora, config.hidden)
+        up = self._project("up", normed_BTD, lora, config.hidden)
+        x_BTD += self._project("down", nn.silu(gate) * up, lora, config.width)
+        return x_BTD, cache
+
+    def _norm(self, name: str, x_xD: Array) -> Array:
+        shape = x_xD.shape[-1:]
+        scale_D = self.param(name, nn.initializers.ones, shape, self.config.param_dtype)
+        return rms_norm(x_xD, scale_D, self.config.rms_eps)
+
+    def _project(
+        self, name: str, x_BTD: Array, lora: Params | None, features: int, bias: bool = False
+    ) -> Array:
+        projection = Projection(self.config, features, bias, name=name)
+        adapter = None if lora is None else lora.get(name)
+        return projection(x_BTD, adapter, self.lora_config, self.dropout)
+
+
+class Decoder(nn.Module):
+    config: LlamaConfig
+    lora_config: LoraConfig | None = None
+    dropout: bool = False
+    remat: bool = False
+    split: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: Array,
+        position_BT: Array,
+        attention: Attention,
+        cache: Any,
+        lora: Params | None,
+    ) -> tuple[Array, Any]:
+        config = self.config
+        shape_VD = (config.vocab_size, config.width)
+        normal = nn.initializers.normal(0.02)
+        embed_VD = self.param("embed", normal, shape_VD, config.param_dtype)
+        if not config.tied:
+            self.param("unembed", normal, shape_VD[::-1], config.param_dtype)
+        x_BTD = jnp.take(embed_VD, tokens_BT, axis=0).astype(config.dtype)
+        frequency_11d = rope_frequencies(config)[None, None, :]
+        angle_BTd = position_BT[..., None].astype(jnp.float32) * frequency_11d
+        shared = (attention, position_BT, jnp.cos(angle_BTd), jnp.sin(angle_BTd))
+        layers = self._run_split if self.split else self._run_scanned
+        x_BTD, cache = layers(x_BTD, cache, None if lora is None else lora["layers"], shared)
+        scale_D = self.param("final_norm", nn.initializers.ones, shape_VD[1:], config.param_dtype)
+        return rms_norm(x_BTD, scale_D, config.rms_eps), cache
+
+    def _layer(self) -> Any:
+        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        return functools.partial(layer, self.config, self.lora_config, self.dropout)
+
+    def _run_scanned(self, x_BTD: Array, cache: Any, lora: Any, shared: Any) -> tuple[Array, Any]:
+        layer = self._layer()
+        scanned = nn.scan(
+            layer.func,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            length=self.config.layers,
+        )
+        return scanned(*layer.args, name="layers")(x_BTD, cache, lora, shared)
+
+    def _run_split(self, x_BTD: Array, cache: Any, lora: Any, shared: Any) -> tuple[Array, Any]:
+        caches = []
+        for index in range(self.config.layers):
+            adapter = jax.tree.map(lambda leaf: leaf[index], lora)  # noqa: B023
+            layer = self._layer()(name=f"layer_{index}")
+            x_BTD, layer_cache = layer(
+                x_BTD, None if cache is None else cache[index], adapter, shared
+            )
+            caches.append(layer_cache)
+        return x_BTD, tuple(caches)
+
+
+def init(config: LlamaConfig, key: Array) -> dict[str, Any]:
+    """Random parameters (normal, 0.02; norms one) in `config.param_dtype`."""
+    token_11 = jnp.zeros((1, 1), jnp.int32)
+    variables = Decoder(config).init(key, token_11, token_11, _attend_self, None, None)
+    return dict(variables["params"])
+
+
+def _attend_self(query, key, value, position, cache_layer, window=None):
+    return query, None
+
+
+def apply(
+    config: LlamaConfig,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    position_BT: Int[Array, "B T"],
+    attention: Attention,
+    cache: Any = None,
+    *,
+    lora: Params | None = None,
+    lora_config: LoraConfig | None = None,
+    lora_key: Array | None = None,
+    remat: bool = False,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Hidden states after the final norm, in the compute dtype, and the new cache.
+
+    The cache is whatever the attention strategy keeps, with a leading layer axis. After
+    `split_layers` the layers run one by one instead, and the cache is a tuple of one entry a layer.
+    `lora_key` turns the adapters' dropout on; `remat` recomputes each layer in the backward pass.
+    """
+    rngs = {} if lora_key is None else {"dropout": lora_key}
+    decoder = Decoder(config, lora_config, bool(rngs), remat, split="layers" not in params)
+    return decoder.apply(
+        {"params": params}, tokens_BT, position_BT, attention, cache, lora, rngs=rngs
+    )
+
+
+def split_layers(params: Params) -> dict[str, Any]:
+    """The same parameters with one dict a layer (`layer_0` ...) in place of the stacks.
+
+    For decoding: a scan that consumes and returns a cache copies all of it each token, and on CPU
+    copies every weight out of its stack as well. Costs one copy now and a longer compilation.
+    """
+    layers = params["layers"]
+    split = {name: value for name, value in params.items() if name != "layers"}
+    for index in range(len(layers["attention_norm"])):
+        split[f"layer_{index}"] = jax.tree.map(lambda leaf: leaf[index], layers)  # noqa: B023
+    return split
+
+
+def unembedding(config: LlamaConfig, params: Params) -> Float[Array, "D V"]:
+    """What turns hidden states into logits; with tied weights the embedding, transposed."""
+    return params["embed"].T if config.tied else params["unembed"]
+
+
+def unembed(
+    config: LlamaConfig, params: Params, hidden_xD: Float[Array, "*x D"]
+) -> Float[Array, "*x V"]:
+    """Logits, accumulated and returned in float32 whatever the compute dtype."""
+    return jnp.dot(
+        hidden_xD,
+        unembedding(config, params).astype(hidden_xD.dtype),
+        precision=config.precision,
+        preferred_element_type=jnp.float32,
+    )
