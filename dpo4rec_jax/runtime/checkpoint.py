@@ -1,0 +1,113 @@
+"""Checkpoints of a training run (orbax), and small named arrays as safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+
+from dpo4rec_jax.config import InputError
+
+Tree = Any
+Nested = Mapping[str, Any]
+
+
+class Checkpoints:
+    """Numbered checkpoints of (state, position of the data iterator) under one directory.
+
+    Each is written in the background and appears whole or not at all; the newest `keep` stay.
+    Arrays are copied off the device before `save` returns, so the state may be donated.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """Number of the newest complete checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, number: int, state: Tree, position: Mapping[str, Any]) -> None:
+        if number == self.latest():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position))
+        )
+        self._manager.save(number, args=args)
+
+    def restore(self, number: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
+        """State (shapes, dtypes and shardings as in `like`) and position of a checkpoint.
+
+        Raises InputError where the checkpoint holds another tree than `like`.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
+        )
+        try:
+            kept = self._manager.restore(number, args=args)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            where = Path(str(self._manager.directory)) / str(number)
+            raise InputError(
+                f"{where}: not a checkpoint of this run ({reason}); delete it or run without "
+                "--resume"
+            ) from error
+        return kept.state, dict(kept.position)
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def save_arrays(path: Path, tree: Nested, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes nested dicts of arrays as one safetensors file, names joined by "/", atomically."""
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _flatten(tree)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    safetensors.numpy.save_file(arrays, temporary, metadata=dict(metadata or {}))
+    temporary.replace(path)
+
+
+def load_arrays(path: Path) -> dict[str, Any]:
+    """Reads what `save_arrays` wrote. Raises InputError for a missing or damaged file."""
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: cannot read the arrays: {error}; rerun its stage") from None
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *parents, leaf = name.split("/")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = array
+    return tree
+
+
+def _flatten(tree: Nested, prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for name, value in tree.items():
+        assert isinstance(name, str) and "/" not in name, f"cannot keep the name {name!r}"
+        if isinstance(value, Mapping):
+            leaves += _flatten(value, f"{prefix}{name}/")
+        else:
+            leaves.append((prefix + name, np.asarray(value)))
+    return leaves

@@ -1,0 +1,205 @@
+"""The training loop: steps of one loss over a feed, with checkpoints, figures, stop on request.
+
+The next step is dispatched before the last one's figures are fetched, so the device never waits for
+the host. One program is compiled ahead of time for each microbatch shape.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from dpo4rec_jax.config import InputError
+from dpo4rec_jax.runtime import state as training
+from dpo4rec_jax.runtime.checkpoint import Checkpoints
+from dpo4rec_jax.runtime.loader import Feed, Microbatch
+from dpo4rec_jax.runtime.progress import MetricsLog, Progress, Stopped, Task
+from dpo4rec_jax.runtime.state import Loss, TrainState, Tree
+
+MOST_SKIPPED_IN_A_ROW = 5
+
+Place = Callable[[Mapping[str, np.ndarray]], Mapping[str, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a run is made of. `advice` ends the message of a run that diverges."""
+
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    log: MetricsLog
+    progress: Progress
+    description: str
+    unit: str = "pairs"
+    advice: str = "lower the learning rate"
+    log_every: int = 5
+    save_every: int = 50
+    place: Place = jax.device_put
+
+    def fit(
+        self, state: TrainState, frozen: Tree, feed: Feed, checkpoints: Checkpoints | None = None
+    ) -> TrainState:
+        """Trains to the end of the feed, from the newest checkpoint if there is one.
+
+        `state` is donated. On Stopped (SIGTERM) everything is saved, the half-finished accumulation
+        of a step included, and Stopped goes on. Raises InputError after several steps in a row
+        whose loss or gradient was not finite.
+        """
+        state, done = self._restored(state, feed, checkpoints)
+        programs = _Programs(self)
+        meter = _Meter(self, step=int(state.step), programs=programs)
+        with self.progress.track(self.description, len(feed.microbatches), "microbatches") as task:
+            _advance(task, done)
+            try:
+                for microbatch, arrays in feed:
+                    state, figures = programs.run(state, frozen, self.place(arrays), microbatch)
+                    done += 1
+                    meter.count(microbatch, arrays)
+                    if figures is not None:
+                        meter.end_step(figures)
+                        if checkpoints and meter.step % self.save_every == 0:
+                            checkpoints.save(done, state, feed.position)
+                    _advance(task, 1, **meter.shown)
+            except Stopped:
+                if checkpoints:
+                    checkpoints.save(done, state, feed.position)
+                    checkpoints.wait()
+                raise
+        meter.finish()
+        if checkpoints:
+            checkpoints.wait()
+        return state
+
+    def _restored(
+        self, state: TrainState, feed: Feed, checkpoints: Checkpoints | None
+    ) -> tuple[TrainState, int]:
+        latest = checkpoints.latest() if checkpoints else None
+        if checkpoints is None or latest is None:
+            return state, 0
+        state, feed.position = checkpoints.restore(latest, like=state)
+        self.log.rewind(int(state.step) + 1)
+        return state, latest
+
+
+def _advance(task: Task, n: int, **figures: float) -> None:
+    if n:
+        task.advance(n, **figures)
+
+
+class _Programs:
+    """Compiled steps by microbatch shape; compile time is kept apart from the time of training."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._compiled: dict[Any, Any] = {}
+        self.seconds_compiling = 0.0
+
+    def run(
+        self, state: TrainState, frozen: Tree, batch: training.Batch, microbatch: Microbatch
+    ) -> tuple[TrainState, dict[str, jax.Array] | None]:
+        trainer = self._trainer
+        if state.pending is None:
+            assert microbatch.ends_step, "a state without room for accumulation"
+            step = training.step(trainer.loss, trainer.optimizer, trainer.schedule)
+            return self._call("step", microbatch.shape, step, state, frozen, batch)
+
+        def add(state: TrainState, frozen: Tree, batch: training.Batch) -> tuple[TrainState, None]:
+            return training.accumulate(trainer.loss, state, frozen, batch), None
+
+        def update(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+            return training.update(trainer.optimizer, trainer.schedule, state)
+
+        state, figures = self._call("accumulate", microbatch.shape, add, state, frozen, batch)
+        if microbatch.ends_step:
+            state, figures = self._call("update", None, update, state)
+        return state, figures
+
+    def _call(self, name: str, shape: Any, function: Any, state: TrainState, *rest: Any) -> Any:
+        if (name, shape) not in self._compiled:
+            began = time.perf_counter()
+            like = jax.tree.map(lambda leaf: leaf.sharding, state)
+            jitted = jax.jit(function, donate_argnums=0, out_shardings=(like, None))
+            self._compiled[name, shape] = jitted.lower(state, *rest).compile()
+            self.seconds_compiling += time.perf_counter() - began
+        return self._compiled[name, shape](state, *rest)
+
+
+@dataclass
+class _Meter:
+    """Means of the figures over each interval, one step behind the device."""
+
+    trainer: Trainer
+    step: int
+    programs: _Programs
+    shown: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._waiting: tuple[int, dict[str, jax.Array], int, int] | None = None
+        self._rows = self._tokens = 0
+        self._start_interval()
+
+    def count(self, microbatch: Microbatch, arrays: Mapping[str, np.ndarray]) -> None:
+        real = arrays["mask_B"]
+        self._rows += len(microbatch.rows)
+        self._tokens += int(arrays["prompt_length_B"][real].sum())
+        self._tokens += int(arrays["completion_length_BC"][real].sum())
+
+    def end_step(self, figures: dict[str, jax.Array]) -> None:
+        self.step += 1
+        finished, self._waiting = self._waiting, (self.step, figures, self._rows, self._tokens)
+        self._rows = self._tokens = 0
+        if finished is not None:
+            self._take(*finished)
+
+    def finish(self) -> None:
+        """Takes in the last step and writes what is left of the interval."""
+        if self._waiting is not None:
+            self._take(*self._waiting)
+            self._waiting = None
+        self._write()
+
+    def _take(self, step: int, on_device: dict[str, jax.Array], rows: int, tokens: int) -> None:
+        figures = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        if figures["skipped_in_a_row"] >= MOST_SKIPPED_IN_A_ROW:
+            raise InputError(
+                f"{self.trainer.description}: loss or gradient not finite in "
+                f"{MOST_SKIPPED_IN_A_ROW} steps in a row, up to step {step}; {self.trainer.advice}"
+            )
+        self._steps.append(figures)
+        self._interval_rows += rows
+        self._interval_tokens += tokens
+        self._last = step
+        self.shown = {"loss": figures["loss"]}
+        if step % self.trainer.log_every == 0:
+            self._write()
+
+    def _write(self) -> None:
+        if not self._steps:
+            return
+        compiling = self.programs.seconds_compiling - self._compiled_before
+        seconds = max(time.perf_counter() - self._began - compiling, 1e-9)
+        taken = [figures for figures in self._steps if np.isfinite(figures["loss"])]
+        values = {name: self._steps[-1][name] for name in ("learning_rate", "skipped")}
+        for name in taken[0] if taken else ():
+            if name not in ("learning_rate", "skipped", "skipped_in_a_row", "weight"):
+                weights = None if name == "grad_norm" else [figures["weight"] for figures in taken]
+                values[name] = float(np.average([f[name] for f in taken], weights=weights))
+        values[f"{self.trainer.unit}_per_second"] = self._interval_rows / seconds
+        values["tokens_per_second"] = self._interval_tokens / seconds
+        values["seconds_compiling"] = compiling
+        self.trainer.log.write(self._last, values)
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._steps: list[dict[str, float]] = []
+        self._interval_rows = self._interval_tokens = 0
+        self._last = self.step
+        self._began = time.perf_counter()
+        self._compiled_before = self.programs.seconds_compiling
