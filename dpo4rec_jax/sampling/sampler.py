@@ -1,0 +1,287 @@
+"""Sampling N completions of every prompt: shared prefixes, slots, continuous batching.
+
+The host's loop: prefill what free rows need, start waiting samples in them, let the device draw
+some tokens, take what has finished. A row's random draws come from (seed, round, prompt id,
+sample) and the token's index only, and what it computes never depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo4rec_jax.config import InputError
+from dpo4rec_jax.models import llama
+from dpo4rec_jax.models.llama import LlamaConfig
+from dpo4rec_jax.sampling import steps
+from dpo4rec_jax.sampling.cache import KeyValues
+from dpo4rec_jax.sampling.filters import Settings
+from dpo4rec_jax.sampling.schedule import Layout, PrefillJob, Schedule, Start, plan_layout
+
+STEPS = 16  # tokens of a row between two looks of the host, at the most
+BURST = 8  # prefill calls between two decode calls while most rows are running
+IDLE_SHARE = 16  # the host is called when one row in so many is idle and others wait
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class Policy(Protocol):
+    """What sampling needs of `weights.Policy`."""
+
+    @property
+    def config(self) -> LlamaConfig: ...
+    @property
+    def params(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    def chat_ids(self, messages: Sequence[Message], /) -> list[int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sampled text. `tokens` include the stop token; `text` has no special tokens.
+
+    `logps` are the policy's own log-probabilities of the tokens, in nats, before temperature and
+    filters; None where they were not asked for.
+    """
+
+    text: str
+    tokens: list[int]
+    finish: Literal["stop", "length"]
+    logps: list[float] | None = None
+
+
+@dataclasses.dataclass
+class Figures:
+    """What a job has done so far."""
+
+    prefill_calls: int = 0
+    prefill_tokens: int = 0  # padding included
+    decode_calls: int = 0
+    tokens: int = 0
+    rows: int = 0
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    num_samples: int = 1,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    *,
+    round: int = 0,
+    slots: int | None = None,
+    memory_gib: float = 4.0,
+    logps: bool = False,
+) -> list[list[Completion]]:
+    """`num_samples` completions of every prompt, in the prompts' order.
+
+    A prompt is token ids, a string (tokenized as it is) or chat messages (by the chat template).
+    Temperature 0 takes the likeliest token; filters apply in the order temperature, `top_k`,
+    `top_p`. `slots` rows are decoded at once, by default as many as `memory_gib` of keys and values
+    hold. Raises InputError for an empty prompt and for a budget that holds none.
+    """
+    ids = [encode(policy, prompt) for prompt in prompts]
+    if not ids:
+        return []
+    layout = plan_layout(
+        policy.config,
+        [len(prompt) for prompt in ids],
+        num_samples,
+        max_new_tokens,
+        slots=slots,
+        memory_gib=memory_gib,
+    )
+    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    found = dict(stream(policy, ids, layout, seed=seed, round=round, logps=logps, **settings))
+    return [found[index] for index in range(len(ids))]
+
+
+def encode(policy: Policy, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt in any of its forms."""
+    if isinstance(prompt, str):
+        return list(policy.tokenizer(prompt)["input_ids"])
+    if prompt and isinstance(prompt[0], Mapping):
+        return policy.chat_ids(prompt)  # pyright: ignore[reportArgumentType]
+    return [int(token) for token in prompt]  # pyright: ignore[reportArgumentType]
+
+
+def stream(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    layout: Layout,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    round: int = 0,
+    prompt_ids: Sequence[int] | None = None,
+    limit_PN: np.ndarray | None = None,
+    logps: bool = False,
+    figures: Figures | None = None,
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Yields (position in `prompts`, its completions) as prompts become complete, in any order.
+
+    Each prompt, token ids, gets `layout.lanes` completions. `prompt_ids` name the prompts to the
+    random numbers (default: their positions), so a part of a job draws what the whole would.
+    `limit_PN` limits single completions (default: all to `layout.new_tokens`). `figures` is kept
+    up to date for whoever passed it.
+    """
+    limit_PN = np.broadcast_to(
+        layout.new_tokens if limit_PN is None else limit_PN, (len(prompts), layout.lanes)
+    )
+    _check(prompts, layout, limit_PN)
+    ids = range(len(prompts)) if prompt_ids is None else prompt_ids
+    figures = Figures() if figures is None else figures
+    device = _Device(policy, layout, Settings.of(temperature, top_p, top_k))
+    schedule = Schedule(layout, [len(prompt) for prompt in prompts])
+    found: dict[int, dict[int, Completion]] = {}
+    while not schedule.done:
+        mostly_running = 2 * schedule.num_live >= layout.shards * layout.rows
+        for _ in range(BURST) if mostly_running else itertools.count():
+            jobs = schedule.prefill_jobs()
+            if not jobs:
+                break
+            device.prefill(jobs, prompts)
+            figures.prefill_calls += 1
+            figures.prefill_tokens += sum(job.size for job in jobs)
+        starts = schedule.start_rows()
+        turn = _turn(schedule, layout)
+        for start in starts:
+            keys_N2 = steps.row_keys(seed, round, ids[start.prompt], layout.lanes)
+            _begin(turn, start, prompts[start.prompt], limit_PN, np.asarray(keys_N2))
+        figures.decode_calls += 1
+        for (shard, row), tokens, token_logps in device.decode(turn):
+            prompt, index, last = schedule.finish(shard, row)
+            figures.tokens += len(tokens)
+            figures.rows += 1
+            found.setdefault(prompt, {})[index] = Completion(
+                text=policy.tokenizer.decode(tokens, skip_special_tokens=True),
+                tokens=tokens,
+                finish="stop" if tokens[-1] in policy.stop_ids else "length",
+                logps=token_logps if logps else None,
+            )
+            if last:
+                samples = found.pop(prompt)
+                yield prompt, [samples[index] for index in range(layout.lanes)]
+
+
+class _Device:
+    """The arrays of a job on the device, and the calls that advance them."""
+
+    def __init__(self, policy: Policy, layout: Layout, settings: Settings):
+        config = self._config = policy.config
+        self._layout, self._settings = layout, settings
+        self._params = llama.split_layers(policy.params)
+        self._stop_ids = jnp.asarray(policy.stop_ids or (-1,), jnp.int32)
+
+        def caches(owners: int, tokens: int) -> tuple[KeyValues, ...]:
+            size = (layout.shards, owners, config.kv_heads, tokens, config.head_dim)
+            return tuple(KeyValues.zeros(*size, config.dtype) for _ in range(config.layers))
+
+        self._prefix = caches(layout.prompts, layout.prompt_tokens)
+        self._suffix = caches(layout.rows, layout.new_tokens)
+        self._rows = steps.Rows.idle(layout)
+        self._running_XB = np.zeros((layout.shards, layout.rows), bool)
+
+    def prefill(self, jobs: Sequence[PrefillJob], prompts: Sequence[Sequence[int]]) -> None:
+        """Runs one chunk of each job; their sizes are equal, their shards differ."""
+        X, T = self._layout.shards, jobs[0].size
+        tokens_XT = np.zeros((X, T), np.int32)
+        slot_X, offset_X, valid_X = np.zeros(X, np.int32), np.zeros(X, np.int32), np.zeros(X, bool)
+        for job in jobs:
+            # The last token is not part of the prefix: it is its rows' first step.
+            chunk = prompts[job.prompt][:-1][job.offset : job.offset + T]
+            tokens_XT[job.shard, : len(chunk)] = chunk
+            slot_X[job.shard], offset_X[job.shard], valid_X[job.shard] = job.slot, job.offset, True
+        self._prefix = steps.prefill(
+            self._config, self._params, self._prefix, tokens_XT, slot_X, offset_X, valid_X
+        )
+
+    def decode(
+        self, turn: steps.Turn
+    ) -> Iterator[tuple[tuple[int, int], list[int], list[float]]]:
+        """Draws some tokens for every row; yields ((shard, row), tokens, logps) of those that
+        finished."""
+        self._suffix, self._rows = steps.decode(
+            self._config,
+            self._params,
+            self._prefix,
+            self._suffix,
+            self._rows,
+            turn,
+            self._settings,
+            self._stop_ids,
+        )
+        active_XB = np.asarray(self._rows.active_XB)
+        finished_XB = (self._running_XB | turn.fresh_XB) & ~active_XB
+        self._running_XB = active_XB
+        if not finished_XB.any():
+            return
+        length_XB, tokens_XBT, logps_XBT = jax.device_get(
+            (self._rows.length_XB, self._rows.tokens_XBT, self._rows.logps_XBT)
+        )
+        for shard, row in np.argwhere(finished_XB).tolist():
+            own = slice(0, int(length_XB[shard, row]))
+            yield (
+                (shard, row),
+                tokens_XBT[shard, row, own].tolist(),
+                logps_XBT[shard, row, own].tolist(),
+            )
+
+
+def _turn(schedule: Schedule, layout: Layout) -> steps.Turn:
+    """The host's word before a decode call, no row starting yet."""
+    shape, waiting = (layout.shards, layout.rows), schedule.num_waiting > 0
+    num_rows = layout.shards * layout.rows
+    return steps.Turn(
+        fresh_XB=np.zeros(shape, bool),
+        token_XB=np.zeros(shape, np.int32),
+        position_XB=np.zeros(shape, np.int32),
+        limit_XB=np.zeros(shape, np.int32),
+        key_XB2=np.zeros((*shape, 2), np.uint32),
+        # Copies: the device may still read these when the schedule writes its own.
+        row_of_lane_XL=schedule.row_of_lane_XL.copy(),
+        lane_of_row_XB=schedule.lane_of_row_XB.copy(),
+        prefix_length_XG=schedule.prefix_length_XG.copy(),
+        steps=np.int32(STEPS),
+        idle_rows=np.int32(max(num_rows // IDLE_SHARE, 1) if waiting else num_rows),
+    )
+
+
+def _begin(
+    turn: steps.Turn, start: Start, prompt: Sequence[int], limit_PN: np.ndarray, keys_N2: np.ndarray
+) -> None:
+    at = (start.shard, start.row)
+    turn.fresh_XB[at] = True
+    turn.token_XB[at] = prompt[-1]
+    turn.position_XB[at] = len(prompt) - 1
+    turn.limit_XB[at] = limit_PN[start.prompt, start.sample]
+    turn.key_XB2[at] = keys_N2[start.sample]
+
+
+def _check(prompts: Sequence[Sequence[int]], layout: Layout, limit_PN: np.ndarray) -> None:
+    if limit_PN.size and not 1 <= limit_PN.min() <= limit_PN.max() <= layout.new_tokens:
+        raise InputError(
+            f"max_new_tokens: expected 1 to {layout.new_tokens}, got {limit_PN.min()} to "
+            f"{limit_PN.max()}"
+        )
+    for index, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= layout.prompt_tokens + 1:
+            raise InputError(
+                f"prompt {index}: expected 1 to {layout.prompt_tokens + 1} tokens, got "
+                f"{len(prompt)}; shorten it"
+            )

@@ -1,0 +1,173 @@
+"""The two compiled programs of sampling and the state they work on.
+
+`prefill` runs one chunk of prompts into their prefix slots. `decode` draws up to `Turn.steps`
+tokens for every row slot inside one while_loop and returns early once enough rows have finished
+for the host to refill them. Both update their donated caches in place.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from dpo4rec_jax.models import llama
+from dpo4rec_jax.models.llama import LlamaConfig
+from dpo4rec_jax.sampling import filters
+from dpo4rec_jax.sampling.cache import Decode, KeyValues, Prefill
+from dpo4rec_jax.sampling.schedule import Layout
+
+Caches = tuple[KeyValues, ...]  # one a layer
+
+
+@flax.struct.dataclass
+class Rows:
+    """The state of the row slots."""
+
+    token_XB: Int[Array, "X B"]  # fed at the next step
+    position_XB: Int[Array, "X B"]
+    length_XB: Int[Array, "X B"]  # tokens drawn
+    limit_XB: Int[Array, "X B"]
+    active_XB: Bool[Array, "X B"]
+    key_XB2: UInt32[Array, "X B 2"]
+    tokens_XBT: Int[Array, "X B T"]
+    logps_XBT: Float[Array, "X B T"]
+
+    @classmethod
+    def idle(cls, layout: Layout) -> Rows:
+        shape = (layout.shards, layout.rows)
+        zeros = functools.partial(jnp.zeros, shape, jnp.int32)
+        return cls(
+            token_XB=zeros(),
+            position_XB=zeros(),
+            length_XB=zeros(),
+            limit_XB=zeros(),
+            active_XB=jnp.zeros(shape, bool),
+            key_XB2=jnp.zeros((*shape, 2), jnp.uint32),
+            tokens_XBT=jnp.zeros((*shape, layout.new_tokens), jnp.int32),
+            logps_XBT=jnp.zeros((*shape, layout.new_tokens), jnp.float32),
+        )
+
+
+@flax.struct.dataclass
+class Turn:
+    """What the host says at the start of a decode call: rows that begin, and who shares what."""
+
+    fresh_XB: Bool[Any, "X B"]
+    token_XB: Int[Any, "X B"]
+    position_XB: Int[Any, "X B"]
+    limit_XB: Int[Any, "X B"]
+    key_XB2: UInt32[Any, "X B 2"]
+    row_of_lane_XL: Int[Any, "X L"]
+    lane_of_row_XB: Int[Any, "X B"]
+    prefix_length_XG: Int[Any, "X G"]
+    steps: Int[Any, ""]
+    idle_rows: Int[Any, ""]  # return once so many rows have finished
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="prefix")
+def prefill(
+    config: LlamaConfig,
+    params: Any,
+    prefix: Caches,
+    tokens_XT: Int[Array, "X T"],
+    slot_X: Int[Array, " X"],
+    offset_X: Int[Array, " X"],
+    valid_X: Bool[Array, " X"],
+) -> Caches:
+    position_XT = offset_X[:, None] + jnp.arange(tokens_XT.shape[1])[None]
+    attention = Prefill(slot_X[:, None], offset_X[:, None], valid_X[:, None])
+    return llama.apply(config, params, tokens_XT, position_XT, attention, prefix)[1]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames=("suffix", "rows"))
+def decode(
+    config: LlamaConfig,
+    params: Any,
+    prefix: Caches,
+    suffix: Caches,
+    rows: Rows,
+    turn: Turn,
+    settings: filters.Settings,
+    stop_ids: Int[Array, " N"],
+) -> tuple[Caches, Rows]:
+    rows = _begin(rows, turn)
+    num_active = rows.active_XB.sum()
+
+    def step(state: tuple[Array, Caches, Rows]) -> Any:
+        index, suffix, rows = state
+        attention = Decode(
+            turn.row_of_lane_XL, turn.lane_of_row_XB, turn.prefix_length_XG, rows.length_XB
+        )
+        hidden_B1D, suffix = llama.apply(
+            config,
+            params,
+            rows.token_XB.reshape(-1, 1),
+            rows.position_XB.reshape(-1, 1),
+            attention,
+            tuple(zip(prefix, suffix, strict=True)),
+        )
+        logits_BV = llama.unembed(config, params, hidden_B1D[:, 0])
+        return index + 1, suffix, _advance(rows, logits_BV, settings, stop_ids)
+
+    def proceed(state: tuple[Array, Caches, Rows]) -> Array:
+        index, _, rows = state
+        now_active = rows.active_XB.sum()
+        return (
+            (index < turn.steps) & (now_active > 0) & (num_active - now_active < turn.idle_rows)
+        )
+
+    return jax.lax.while_loop(proceed, step, (jnp.int32(0), suffix, rows))[1:]
+
+
+def _begin(rows: Rows, turn: Turn) -> Rows:
+    def renew(new: Array, old: Array) -> Array:
+        fresh = turn.fresh_XB if new.ndim == 2 else turn.fresh_XB[..., None]
+        return jnp.where(fresh, new, old)
+
+    return rows.replace(
+        token_XB=renew(turn.token_XB, rows.token_XB),
+        position_XB=renew(turn.position_XB, rows.position_XB),
+        length_XB=renew(jnp.zeros_like(rows.length_XB), rows.length_XB),
+        limit_XB=renew(turn.limit_XB, rows.limit_XB),
+        active_XB=rows.active_XB | turn.fresh_XB,
+        key_XB2=renew(turn.key_XB2, rows.key_XB2),
+    )
+
+
+def _advance(
+    rows: Rows, logits_BV: Array, settings: filters.Settings, stop_ids: Array
+) -> Rows:
+    """Draws a token for every active row; the others stand still."""
+    shape_XB = rows.token_XB.shape
+    key_B = jax.random.wrap_key_data(rows.key_XB2.reshape(-1, 2), impl="threefry2x32")
+    key_B = jax.vmap(jax.random.fold_in)(key_B, rows.length_XB.reshape(-1))
+    token_B = filters.draw(logits_BV, key_B, settings)
+    token_XB = token_B.reshape(shape_XB)
+    logp_XB = filters.token_logps(logits_BV, token_B).reshape(shape_XB)
+
+    one_XB = rows.active_XB.astype(jnp.int32)
+    length_XB = rows.length_XB + one_XB
+    stopped_XB = (token_XB[..., None] == stop_ids[None, None]).any(axis=-1)
+    index_11T = jnp.arange(rows.tokens_XBT.shape[-1])[None, None]
+    here_XBT = (index_11T == rows.length_XB[..., None]) & rows.active_XB[..., None]
+    return rows.replace(
+        token_XB=jnp.where(rows.active_XB, token_XB, rows.token_XB),
+        position_XB=rows.position_XB + one_XB,
+        length_XB=length_XB,
+        active_XB=rows.active_XB & ~stopped_XB & (length_XB < rows.limit_XB),
+        tokens_XBT=jnp.where(here_XBT, token_XB[..., None], rows.tokens_XBT),
+        logps_XBT=jnp.where(here_XBT, logp_XB[..., None], rows.logps_XBT),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="num_samples")
+def row_keys(seed: Array, round: Array, prompt_id: Array, num_samples: int) -> Array:
+    key = jax.random.key(seed, impl="threefry2x32")
+    key = jax.random.fold_in(jax.random.fold_in(key, round), prompt_id)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_samples))
+    return jax.random.key_data(keys)
