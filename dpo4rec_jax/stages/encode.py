@@ -1,0 +1,145 @@
+"""Texts to vectors: what a user's history and each reasoning about it say, and each item's facts.
+
+A user's text is the history sentence followed by the LLM's reasoning, as one string (KAR, Xi et al.
+2023); an item's text stands alone. The encoder is frozen, so items are encoded once and reused in
+later rounds, unless the policy of the round is itself the encoder.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from dpo4rec_jax.config import InputError
+from dpo4rec_jax.data.knowledge import Knowledge
+from dpo4rec_jax.data.prepared import Prepared
+from dpo4rec_jax.data.texts import read_records, read_texts
+from dpo4rec_jax.weights import Encoder, load_encoder, load_policy
+from dpo4rec_jax.workspace import Stage, write_json
+
+TextLists = dict[str, list[str]]
+
+
+def run(stage: Stage) -> None:
+    """Leaves vectors.npz, at round 0 external.npz where someone else's texts are given, and
+    counts.json."""
+    assert stage.round is not None
+    prepared = Prepared.load(stage.workspace.stage_dir("prepare"), prompts=False)
+    work = _Work(stage, _encoder(stage), prepared)
+    user_texts = _texts_of(stage.workspace.stage_dir("reason", stage.round) / "users.jsonl")
+    item_texts = _texts_of(stage.workspace.stage_dir("reason", 0) / "items.jsonl")
+    if stage.round == 0 or stage.config.encode.encoder == "policy":
+        item_IF = work.items("items", item_texts)
+    else:  # a frozen encoder makes the same vectors of the same texts
+        item_IF = Knowledge.load(stage.workspace.stage_dir("encode", 0) / "vectors.npz").item_IF
+    work.users("users", user_texts, item_IF).save(stage.directory / "vectors.npz")
+
+    external = stage.config.evaluate.external_texts
+    if external is not None and stage.round == 0:
+        user_texts, other_item_texts = _external_texts(external, prepared)
+        if other_item_texts:
+            item_IF = work.items("external_items", item_texts | other_item_texts)
+        knowledge = work.users("external_users", user_texts, item_IF)
+        knowledge.save(stage.directory / "external.npz")
+    work.report()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Encodes texts by raw id into vectors by index, and counts what it did under a name."""
+
+    stage: Stage
+    encoder: Encoder
+    prepared: Prepared
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def items(self, name: str, texts: TextLists) -> Float32[np.ndarray, "I F"]:
+        ids = self.prepared.item_id
+        having = [index for index, id in enumerate(ids) if texts.get(id)]
+        item_IF = np.zeros((len(ids), self.encoder.features), np.float32)
+        item_IF[having] = self._encode(name, [texts[ids[index]][0] for index in having], None)
+        self.counts[name]["without_text"] = len(ids) - len(having)
+        return item_IF
+
+    def users(self, name: str, texts: TextLists, item_IF: Float32[np.ndarray, "I F"]) -> Knowledge:
+        ids, users = self.prepared.user_id, self.prepared.users
+        count_U = np.array([len(texts.get(id, ())) for id in ids], np.int32)
+        mask_UC = np.arange(max(1, count_U.max(initial=0)))[None] < count_U[:, None]
+        chosen = [text for id in ids for text in texts.get(id, ())]
+        histories = [users[user]["history"] for user in np.nonzero(mask_UC)[0]]
+        user_UCF = np.zeros((*mask_UC.shape, self.encoder.features), np.float32)
+        user_UCF[mask_UC] = self._encode(name, chosen, histories)
+        self.counts[name]["without_text"] = int((count_U == 0).sum())
+        return Knowledge(user_UCF, count_U, item_IF, ids, self.prepared.item_id)
+
+    def _encode(
+        self, name: str, texts: Sequence[str], histories: Sequence[str] | None
+    ) -> Float32[np.ndarray, "n F"]:
+        config, self.counts[name] = self.stage.config.encode, Counter()
+        with self.stage.progress.track(f"encode {name}", len(texts), "texts") as task:
+            return self.encoder.encode(
+                texts,
+                histories,
+                max_tokens=config.max_tokens,
+                batch_tokens=config.batch_tokens,
+                counts=self.counts[name],
+                advance=task.advance,
+            )
+
+    def report(self) -> None:
+        """Counts into counts.json and the log; what a person should know is said."""
+        write_json(self.stage.directory / "counts.json", self.counts)
+        for name, counts in self.counts.items():
+            self.stage.log.write(0, {f"{name}_{key}": float(n) for key, n in counts.items()})
+            cut, missing = counts["cut_texts"], counts["without_text"]
+            if cut or missing:
+                limit = self.stage.config.encode.max_tokens
+                self.stage.progress.say(
+                    f"  {name}: {cut} texts cut to {limit} tokens (encode.max_tokens), "
+                    f"{missing} without a text"
+                )
+
+
+def _encoder(stage: Stage) -> Encoder:
+    config, cache_dir, policy = stage.config, stage.config.runtime.cache_dir, None
+    if config.encode.encoder == "policy":
+        assert stage.round is not None
+        path, adapters = stage.workspace.policy_source(config, stage.round)
+        policy = load_policy(
+            path,
+            dtype=config.policy.dtype,
+            param_dtype=config.policy.param_dtype,
+            tokenizer=config.policy.tokenizer,
+            adapters=adapters,
+            cache_dir=cache_dir,
+        )
+    return load_encoder(
+        config.encode.encoder,
+        cache_dir=cache_dir,
+        features=config.encode.features,
+        policy=policy,
+    )
+
+
+def _texts_of(path: Path) -> TextLists:
+    """Texts by raw id, in the order of their samples."""
+    texts: TextLists = {}
+    for record in sorted(read_records(path), key=lambda record: record.sample):
+        texts.setdefault(record.id, []).append(record.text.strip())
+    return texts
+
+
+def _external_texts(path: str, prepared: Prepared) -> tuple[TextLists, TextLists]:
+    """Texts of the users and items that there are; a file may hold others as well."""
+    users = read_texts(path, "user", prepared.user_id)
+    if not users:
+        raise InputError(
+            f"evaluate.external_texts: {path}: expected texts of this data set's users, got none "
+            f"for any of its {len(prepared.user_id)} (such as {prepared.user_id[0]!r})"
+        )
+    return users, read_texts(path, "item", prepared.item_id)
