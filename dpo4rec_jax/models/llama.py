@@ -130,7 +130,8 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     of a frequency is already 5e-4 radians. `llama3` as in `transformers`' modeling_rope_utils.
     """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequency = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponent)
+    power = np.power(np.float64(config.rope_theta), exponent.astype(np.float64))
+    frequency = np.float32(1.0) / power.astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
