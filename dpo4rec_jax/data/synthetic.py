@@ -29,22 +29,22 @@ from dpo4rec_jax.data.ratings import RawData, Select
 from dpo4rec_jax.data.sequences import window
 
 VALUES = {
-    "genre": ("drama", "comedy", "horror", "western", "romance", "fantasy", "crime", "war"),
-    "decade": ("1950s", "1960s", "1970s", "1980s", "1990s"),
-    "lead": ("kim", "cruz", "novak", "okoye", "silva", "tanaka", "weber", "moreau"),
-    "mood": ("dark", "light", "calm", "tense", "weird", "warm"),
+    "genre": ("drama", "comedy", "horror", "western", "romance", "crime"),
+    "decade": ("1960s", "1970s", "1980s", "1990s"),
+    "lead": ("kim", "cruz", "novak", "okoye", "silva", "tanaka"),
+    "mood": ("dark", "light", "calm", "tense"),
 }
 ATTRIBUTES = tuple(VALUES)
 TASTES = ATTRIBUTES[:3]
 
 # Stars: what an item without any liked value gets, what each liked value adds, and the standard
 # deviation of items' quality. `data.synthetic.noise` comes on top.
-BASE_STARS = 1.9
-TASTE_STARS = 1.1
+BASE_STARS = 1.7
+TASTE_STARS = 1.3
 QUALITY_STARS = 0.3
 
 # Log-odds of meeting an item: by each liked value it has, and by its popularity (deviation).
-EXPOSURE_BY_TASTE = 1.3
+EXPOSURE_BY_TASTE = 2.0
 EXPOSURE_BY_POPULARITY = 0.3
 
 WARMUP_USERS = 6000
