@@ -1,4 +1,4 @@
-"""Texts from a policy: N completions of every prompt, each drawn by (seed, round, prompt, sample)."""
+"""Texts from a policy: N completions a prompt, each drawn by (seed, round, prompt, sample)."""
 
 from dpo4rec_jax.sampling.sampler import Completion, Figures, sample, stream
 from dpo4rec_jax.sampling.schedule import Layout, plan_layout

@@ -20,7 +20,6 @@ from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models import llama
 from dpo4rec_jax.models.llama import LlamaConfig
 from dpo4rec_jax.sampling import steps
-from dpo4rec_jax.sampling.cache import KeyValues
 from dpo4rec_jax.sampling.filters import Settings
 from dpo4rec_jax.sampling.schedule import Layout, PrefillJob, Schedule, Start, plan_layout
 
@@ -123,6 +122,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     layout: Layout,
     *,
+    mesh: jax.sharding.Mesh | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -146,7 +146,7 @@ def stream(
     _check(prompts, layout, limit_PN)
     ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     figures = Figures() if figures is None else figures
-    device = _Device(policy, layout, Settings.of(temperature, top_p, top_k))
+    device = _Device(policy, layout, Settings.of(temperature, top_p, top_k), mesh)
     schedule = Schedule(layout, [len(prompt) for prompt in prompts])
     found: dict[int, dict[int, Completion]] = {}
     while not schedule.done:
@@ -182,19 +182,20 @@ def stream(
 class _Device:
     """The arrays of a job on the device, and the calls that advance them."""
 
-    def __init__(self, policy: Policy, layout: Layout, settings: Settings):
+    def __init__(
+        self,
+        policy: Policy,
+        layout: Layout,
+        settings: Settings,
+        mesh: jax.sharding.Mesh | None,
+    ):
         config = self._config = policy.config
         self._layout, self._settings = layout, settings
         self._params = llama.split_layers(policy.params)
         self._stop_ids = jnp.asarray(policy.stop_ids or (-1,), jnp.int32)
 
-        def caches(owners: int, tokens: int) -> tuple[KeyValues, ...]:
-            size = (layout.shards, owners, config.kv_heads, tokens, config.head_dim)
-            return tuple(KeyValues.zeros(*size, config.dtype) for _ in range(config.layers))
-
-        self._prefix = caches(layout.prompts, layout.prompt_tokens)
-        self._suffix = caches(layout.rows, layout.new_tokens)
-        self._rows = steps.Rows.idle(layout)
+        self._sharding = steps.Sharding(mesh) if mesh is not None and mesh.size > 1 else None
+        self._prefix, self._suffix, self._rows = steps.empty(config, layout, self._sharding)
         self._running_XB = np.zeros((layout.shards, layout.rows), bool)
 
     def prefill(self, jobs: Sequence[PrefillJob], prompts: Sequence[Sequence[int]]) -> None:
@@ -208,12 +209,17 @@ class _Device:
             tokens_XT[job.shard, : len(chunk)] = chunk
             slot_X[job.shard], offset_X[job.shard], valid_X[job.shard] = job.slot, job.offset, True
         self._prefix = steps.prefill(
-            self._config, self._params, self._prefix, tokens_XT, slot_X, offset_X, valid_X
+            self._config,
+            self._params,
+            self._prefix,
+            tokens_XT,
+            slot_X,
+            offset_X,
+            valid_X,
+            self._sharding,
         )
 
-    def decode(
-        self, turn: steps.Turn
-    ) -> Iterator[tuple[tuple[int, int], list[int], list[float]]]:
+    def decode(self, turn: steps.Turn) -> Iterator[tuple[tuple[int, int], list[int], list[float]]]:
         """Draws some tokens for every row; yields ((shard, row), tokens, logps) of those that
         finished."""
         self._suffix, self._rows = steps.decode(
@@ -225,6 +231,7 @@ class _Device:
             turn,
             self._settings,
             self._stop_ids,
+            self._sharding,
         )
         active_XB = np.asarray(self._rows.active_XB)
         finished_XB = (self._running_XB | turn.fresh_XB) & ~active_XB

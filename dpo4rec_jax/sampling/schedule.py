@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models.llama import LlamaConfig
@@ -53,14 +54,15 @@ def plan_layout(
     *,
     slots: int | None = None,
     memory_gib: float = 4.0,
-    shards: int = 1,
-    tensor: int = 1,
+    mesh: Mesh | None = None,
 ) -> Layout:
     """The sizes for a whole job: as many rows as the budget of each device holds.
 
     `slots` asks for so many rows over all shards. Raises InputError where that, or a single
     prompt, is more than `memory_gib` holds, and says what fits.
     """
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} if mesh is None else mesh.shape
+    shards, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
     longest = max(prompt_lengths, default=1)
     prompts = -(-len(prompt_lengths) // shards)
     budget = memory_gib * 2**30
@@ -250,9 +252,7 @@ class Schedule:
             prompt = self.queue.popleft()
             num_tokens = self.lengths[prompt] - 1
             chunks = deque(chunks_of(num_tokens))
-            self.residents[shard][slot] = Resident(
-                prompt, chunks, deque(range(self.layout.lanes))
-            )
+            self.residents[shard][slot] = Resident(prompt, chunks, deque(range(self.layout.lanes)))
             self.prefix_length_XG[shard, slot] = num_tokens
             if chunks:
                 return PrefillJob(shard, slot, prompt, *chunks[0])

@@ -7,12 +7,14 @@ for the host to refill them. Both update their donated caches in place.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dpo4rec_jax.models import llama
@@ -21,6 +23,7 @@ from dpo4rec_jax.sampling import filters
 from dpo4rec_jax.sampling.cache import Decode, KeyValues, Prefill
 from dpo4rec_jax.sampling.schedule import Layout
 
+State = TypeVar("State")
 Caches = tuple[KeyValues, ...]  # one a layer
 
 
@@ -69,7 +72,52 @@ class Turn:
     idle_rows: Int[Any, ""]  # return once so many rows have finished
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="prefix")
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """How state lies on a mesh: shards along data and fsdp, key heads along tensor."""
+
+    mesh: jax.sharding.Mesh
+
+    @property
+    def shards(self) -> int:
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def of(self, leaf: Any) -> NamedSharding:
+        """Of any array with the shards in front; caches are those with five axes."""
+        whole = leaf.ndim < 5 or leaf.shape[2] % self.mesh.shape["tensor"]
+        return NamedSharding(
+            self.mesh, PartitionSpec(("data", "fsdp"), None, None if whole else "tensor")
+        )
+
+
+def constrain(state: State, sharding: Sharding | None) -> State:
+    """Keeps the state where it lies, so that donated buffers fit what comes back."""
+    if sharding is None:
+        return state
+    return jax.tree.map(
+        lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding.of(leaf)), state
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout", "sharding"))
+def empty(
+    config: LlamaConfig, layout: Layout, sharding: Sharding | None
+) -> tuple[Caches, Caches, Rows]:
+    """Prefixes, suffixes and rows before a job; nothing larger than a shard is ever allocated."""
+
+    def caches(owners: int, tokens: int) -> Caches:
+        size = (layout.shards, owners, config.kv_heads, tokens, config.head_dim)
+        return tuple(KeyValues.zeros(*size, config.dtype) for _ in range(config.layers))
+
+    state = (
+        caches(layout.prompts, layout.prompt_tokens),
+        caches(layout.rows, layout.new_tokens),
+        Rows.idle(layout),
+    )
+    return constrain(state, sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sharding"), donate_argnames="prefix")
 def prefill(
     config: LlamaConfig,
     params: Any,
@@ -78,13 +126,18 @@ def prefill(
     slot_X: Int[Array, " X"],
     offset_X: Int[Array, " X"],
     valid_X: Bool[Array, " X"],
+    sharding: Sharding | None = None,
 ) -> Caches:
+    """Writes one chunk of one prompt a shard into slot `slot_X` from token `offset_X` on."""
     position_XT = offset_X[:, None] + jnp.arange(tokens_XT.shape[1])[None]
     attention = Prefill(slot_X[:, None], offset_X[:, None], valid_X[:, None])
-    return llama.apply(config, params, tokens_XT, position_XT, attention, prefix)[1]
+    prefix = llama.apply(config, params, tokens_XT, position_XT, attention, prefix)[1]
+    return constrain(prefix, sharding)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames=("suffix", "rows"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "sharding"), donate_argnames=("suffix", "rows")
+)
 def decode(
     config: LlamaConfig,
     params: Any,
@@ -94,12 +147,15 @@ def decode(
     turn: Turn,
     settings: filters.Settings,
     stop_ids: Int[Array, " N"],
+    sharding: Sharding | None = None,
 ) -> tuple[Caches, Rows]:
+    """Starts the turn's fresh rows and draws tokens until its limits; suffixes and rows after."""
     rows = _begin(rows, turn)
     num_active = rows.active_XB.sum()
 
     def step(state: tuple[Array, Caches, Rows]) -> Any:
         index, suffix, rows = state
+        suffix, rows = constrain((suffix, rows), sharding)
         attention = Decode(
             turn.row_of_lane_XL, turn.lane_of_row_XB, turn.prefix_length_XG, rows.length_XB
         )
@@ -117,11 +173,10 @@ def decode(
     def proceed(state: tuple[Array, Caches, Rows]) -> Array:
         index, _, rows = state
         now_active = rows.active_XB.sum()
-        return (
-            (index < turn.steps) & (now_active > 0) & (num_active - now_active < turn.idle_rows)
-        )
+        return (index < turn.steps) & (now_active > 0) & (num_active - now_active < turn.idle_rows)
 
-    return jax.lax.while_loop(proceed, step, (jnp.int32(0), suffix, rows))[1:]
+    _, suffix, rows = jax.lax.while_loop(proceed, step, (jnp.int32(0), suffix, rows))
+    return constrain((suffix, rows), sharding)
 
 
 def _begin(rows: Rows, turn: Turn) -> Rows:
@@ -129,7 +184,8 @@ def _begin(rows: Rows, turn: Turn) -> Rows:
         fresh = turn.fresh_XB if new.ndim == 2 else turn.fresh_XB[..., None]
         return jnp.where(fresh, new, old)
 
-    return rows.replace(
+    return dataclasses.replace(
+        rows,
         token_XB=renew(turn.token_XB, rows.token_XB),
         position_XB=renew(turn.position_XB, rows.position_XB),
         length_XB=renew(jnp.zeros_like(rows.length_XB), rows.length_XB),
@@ -139,9 +195,7 @@ def _begin(rows: Rows, turn: Turn) -> Rows:
     )
 
 
-def _advance(
-    rows: Rows, logits_BV: Array, settings: filters.Settings, stop_ids: Array
-) -> Rows:
+def _advance(rows: Rows, logits_BV: Array, settings: filters.Settings, stop_ids: Array) -> Rows:
     """Draws a token for every active row; the others stand still."""
     shape_XB = rows.token_XB.shape
     key_B = jax.random.wrap_key_data(rows.key_XB2.reshape(-1, 2), impl="threefry2x32")
@@ -155,7 +209,8 @@ def _advance(
     stopped_XB = (token_XB[..., None] == stop_ids[None, None]).any(axis=-1)
     index_11T = jnp.arange(rows.tokens_XBT.shape[-1])[None, None]
     here_XBT = (index_11T == rows.length_XB[..., None]) & rows.active_XB[..., None]
-    return rows.replace(
+    return dataclasses.replace(
+        rows,
         token_XB=jnp.where(rows.active_XB, token_XB, rows.token_XB),
         position_XB=rows.position_XB + one_XB,
         length_XB=length_XB,

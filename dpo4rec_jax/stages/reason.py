@@ -1,0 +1,334 @@
+"""Stage reason, once a round: what the LLM says about users and, in round 0, about items.
+
+A training user gets `reason.samples` texts, a validation or test user one of the same kind, an
+item one fact text. They come from the round's policy; in round 0 a file (`reason.texts`) or an
+endpoint may write them instead, and items may be described by their metadata. Finished texts go to
+part files at once, so a killed run continues with the rest, to the same texts.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dpo4rec_jax.config import InputError
+from dpo4rec_jax.data.prepared import TRAIN, Prepared
+from dpo4rec_jax.data.prompts import Prompt, shorten
+from dpo4rec_jax.data.texts import Kind, TextRecord, read_records, read_texts, write_records
+from dpo4rec_jax.runtime.mesh import make_mesh
+from dpo4rec_jax.sampling import Completion, Figures, plan_layout, stream
+from dpo4rec_jax.sampling.endpoint import Endpoint, Request
+from dpo4rec_jax.sampling.parts import Parts
+from dpo4rec_jax.weights import Policy, load_policy
+from dpo4rec_jax.workspace import Stage
+
+Key = tuple[Kind, str, int]  # kind, raw id, sample
+
+
+@dataclass(frozen=True)
+class Job:
+    """Prompts that get the same number of texts. `ids` name them to the random numbers: users by
+    their index, items behind the users."""
+
+    name: str
+    kind: Kind
+    prompts: list[Prompt]
+    ids: list[int]
+    samples: int
+    max_new_tokens: int
+
+    def texts(self) -> list[Key]:
+        """Which texts it is made of."""
+        return [(self.kind, one.id, n) for one in self.prompts for n in range(self.samples)]
+
+
+Writer = Callable[[Job, Parts], None]
+
+
+def run(stage: Stage) -> None:
+    config, prepared = stage.config.reason, Prepared.load(stage.workspace.stage_dir("prepare"))
+    first = stage.round == 0
+    writer = _endpoint_writer(stage) if first and config.endpoint else _policy_writer(stage)
+    if first and config.texts is not None:
+        users = _given_users(stage, prepared, config.texts)
+    else:
+        users = _write(stage, "users", _user_jobs(stage, prepared), writer)
+    _log_quality(stage, users)
+
+    if not first:
+        items_path = stage.workspace.stage_dir("reason", 0) / "items.jsonl"
+        shutil.copyfile(items_path, stage.directory / "items.jsonl")
+        return
+    if not _given_items(stage, prepared):
+        _write(stage, "items", [_item_job(stage, prepared)], writer)
+
+
+def _user_jobs(stage: Stage, prepared: Prepared) -> list[Job]:
+    config, training_U = stage.config.reason, prepared.split_U == TRAIN
+    jobs = []
+    for name, mask_U, samples in (
+        ("training users", training_U, config.samples),
+        ("validation and test users", ~training_U, 1),
+    ):
+        users = np.flatnonzero(mask_U).tolist()
+        prompts = [prepared.user_prompts[user] for user in users]
+        jobs.append(Job(name, "user", prompts, users, samples, config.max_new_tokens))
+    return jobs
+
+
+def _item_job(stage: Stage, prepared: Prepared) -> Job:
+    num_users, prompts = len(prepared.user_id), prepared.item_prompts
+    ids = list(range(num_users, num_users + len(prompts)))
+    return Job("items", "item", prompts, ids, 1, stage.config.reason.item_max_new_tokens)
+
+
+def _write(stage: Stage, name: str, jobs: Sequence[Job], writer: Writer) -> list[TextRecord]:
+    """Lets the writer finish the jobs, then puts `{name}.jsonl` in order; returns its texts."""
+    path = stage.directory / f"{name}.jsonl"
+    if path.exists():  # an interrupted run got further than this
+        return read_records(path)
+    parts = Parts(stage.directory, name, jax.process_index())
+    for job in jobs:
+        if job.prompts:
+            writer(job, parts)
+    _wait_for_all(f"{name} written")
+    if jax.process_index() == 0:
+        parts.assemble(key for job in jobs for key in job.texts())
+    _wait_for_all(f"{name} assembled")
+    return read_records(path)
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _policy_writer(stage: Stage) -> Writer:
+    """Samples from the round's policy, loaded when the first job needs it. Each process takes its
+    share of the prompts and decodes it on its own devices."""
+    config = stage.config.reason
+
+    @functools.cache
+    def loaded() -> tuple[Policy, jax.sharding.Mesh]:
+        settings = stage.config.policy
+        mesh = make_mesh({**stage.config.runtime.mesh, "data": -1}, jax.local_devices())
+        path, adapters = stage.workspace.policy_source(stage.config, stage.round or 0)
+        policy = load_policy(
+            path,
+            dtype=settings.dtype,
+            param_dtype=settings.param_dtype,
+            tokenizer=settings.tokenizer,
+            adapters=adapters,
+            mesh=mesh if mesh.size > 1 else None,
+            cache_dir=stage.config.runtime.cache_dir,
+        )
+        return policy, mesh
+
+    def write(job: Job, parts: Parts) -> None:
+        policy, mesh = loaded()
+        fitted = fit_prompts(stage, policy, job)
+        layout = plan_layout(  # of the whole job, so that a rerun of its rest computes alike
+            policy.config,
+            [len(ids) for ids in fitted],
+            job.samples,
+            job.max_new_tokens,
+            slots=config.slots,
+            memory_gib=config.memory_gib,
+            mesh=mesh,
+        )
+        share = _share(job, parts)
+        figures, began = Figures(), time.monotonic()
+        completed = stream(
+            policy,
+            [fitted[index] for index in share],
+            layout,
+            mesh=mesh,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            seed=stage.config.seed,
+            round=stage.round or 0,
+            prompt_ids=[job.ids[index] for index in share],
+            logps=config.logps,
+            figures=figures,
+        )
+        total = len(share) * job.samples
+        with stage.progress.track(f"reason: {job.name}", total, "texts") as task:
+            for place, completions in completed:
+                index = share[place]
+                parts.append(_records(job, index, fitted[index], completions))
+                rate = figures.tokens / (time.monotonic() - began)
+                task.advance(job.samples, tokens_per_second=rate)
+        if figures.tokens:
+            rate = figures.tokens / (time.monotonic() - began)
+            stage.log.write(0, {f"{_slug(job)}/tokens_per_second": rate})
+
+    return write
+
+
+def _share(job: Job, parts: Parts) -> list[int]:
+    """Which prompts this process has yet to answer."""
+    held = Counter(record.id for record in parts.records())
+    return [
+        index
+        for index in range(jax.process_index(), len(job.prompts), jax.process_count())
+        if held[job.prompts[index].id] < job.samples
+    ]
+
+
+def _records(
+    job: Job, index: int, prompt_tokens: Sequence[int], completions: Sequence[Completion]
+) -> list[TextRecord]:
+    return [
+        TextRecord(
+            kind=job.kind,
+            id=job.prompts[index].id,
+            text=completion.text,
+            sample=sample,
+            prompt_tokens=tuple(prompt_tokens),
+            completion_tokens=tuple(completion.tokens),
+            finish=completion.finish,
+            logps=None if completion.logps is None else tuple(completion.logps),
+        )
+        for sample, completion in enumerate(completions)
+    ]
+
+
+def fit_prompts(stage: Stage, policy: Policy, job: Job) -> list[list[int]]:
+    """Token ids of every prompt; the oldest history goes where a prompt is too long.
+
+    How many were shortened is said and logged. Raises InputError for one that does not fit with
+    a single entry of history left.
+    """
+    room = policy.config.max_position - job.max_new_tokens
+    limit = min(stage.config.policy.max_prompt_tokens, room)
+    fitted, shortened, dropped = [], 0, 0
+    for prompt in job.prompts:
+        ids, kept = _fit(policy, prompt, limit)
+        fitted.append(ids)
+        shortened += kept < len(prompt.history)
+        dropped += len(prompt.history) - kept
+    if shortened:
+        stage.progress.say(
+            f"  {job.name}: {shortened} of {len(fitted)} prompts shortened to {limit} tokens, "
+            f"{dropped} of their oldest history entries left out"
+        )
+    numbers = {
+        "prompts_shortened": shortened,
+        "history_entries_dropped": dropped,
+        "prompt_tokens_mean": float(np.mean([len(ids) for ids in fitted])),
+    }
+    stage.log.write(0, {f"{_slug(job)}/{name}": value for name, value in numbers.items()})
+    return fitted
+
+
+def _fit(policy: Policy, prompt: Prompt, limit: int) -> tuple[list[int], int]:
+    """The ids of the prompt with as much of its newest history as fits, and how much that is."""
+    ids, fits, too_many = policy.chat_ids(prompt.messages), 0, len(prompt.history)
+    if len(ids) <= limit:
+        return ids, too_many
+    best = None
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        ids = policy.chat_ids(shorten(prompt, middle).messages)
+        if len(ids) <= limit:
+            best, fits = ids, middle
+        else:
+            too_many = middle
+    if best is None:
+        entries = " with one entry of history" if prompt.history else ""
+        raise InputError(
+            f"policy.max_prompt_tokens: the prompt of {prompt.kind} {prompt.id!r} has {len(ids)} "
+            f"tokens{entries}, {limit} fit; raise it or shorten data.prompts"
+        )
+    return best, fits
+
+
+def _endpoint_writer(stage: Stage) -> Writer:
+    config = stage.config.reason
+    assert config.endpoint is not None
+    endpoint = Endpoint(config.endpoint, temperature=config.temperature, top_p=config.top_p)
+
+    def write(job: Job, parts: Parts) -> None:
+        held = {(record.id, record.sample) for record in parts.records()}
+        requests = [
+            Request((prompt.id, index), prompt.messages, job.max_new_tokens)
+            for prompt in job.prompts[jax.process_index() :: jax.process_count()]
+            for index in range(job.samples)
+            if (prompt.id, index) not in held
+        ]
+        with stage.progress.track(f"reason: {job.name}", len(requests), "texts") as task:
+            for reply in endpoint.replies(requests):
+                id, index = reply.name
+                record = TextRecord(job.kind, id, reply.text, index, finish=reply.finish)
+                parts.append([record])
+                task.advance()
+
+    return write
+
+
+def _given_users(stage: Stage, prepared: Prepared, path: str) -> list[TextRecord]:
+    """users.jsonl from a file: up to `samples` texts of a training user, the first of another."""
+    texts = read_texts(path, "user", prepared.user_id)
+    if not texts:
+        raise InputError(f"reason.texts: {path}: no text of any user of this data set")
+    records = []
+    for id, split in zip(prepared.user_id, prepared.split_U, strict=True):
+        most = stage.config.reason.samples if split == TRAIN else 1
+        own = texts.get(id, [])[:most]
+        records += [TextRecord("user", id, text, index) for index, text in enumerate(own)]
+    missing = len(prepared.user_id) - len(texts)
+    if missing:
+        stage.progress.say(f"  {path}: {missing} of {len(prepared.user_id)} users have no text")
+    stage.log.write(0, {"users_without_text": missing})
+    write_records(stage.directory / "users.jsonl", records)
+    return records
+
+
+def _given_items(stage: Stage, prepared: Prepared) -> bool:
+    """Writes items.jsonl from a file of texts or from metadata; False where neither is asked for.
+
+    An item that the file leaves out is described by its metadata.
+    """
+    config = stage.config.reason
+    texts = read_texts(config.texts, "item", prepared.item_id) if config.texts else {}
+    if not texts and config.item_texts != "metadata":
+        return False
+    records = []
+    for item in prepared.items:
+        text = texts.get(item["item"], [item["text"]])[0]
+        records.append(TextRecord("item", item["item"], text))
+    stage.log.write(0, {"items_from_metadata": len(records) - len(texts)})
+    write_records(stage.directory / "items.jsonl", records)
+    return True
+
+
+def _log_quality(stage: Stage, records: Sequence[TextRecord]) -> None:
+    """Mean length, share that stopped by itself, and share of distinct texts a user."""
+    by_user = defaultdict(list)
+    for record in records:
+        by_user[record.id].append(record.text)
+    lengths = [len(record.completion_tokens) or len(record.text.split()) for record in records]
+    several = [texts for texts in by_user.values() if len(texts) > 1]
+    numbers = {
+        "texts": len(records),
+        "length_mean": float(np.mean(lengths)),
+        "stopped_share": float(np.mean([record.finish == "stop" for record in records])),
+        "empty_texts": sum(not record.text.strip() for record in records),
+    }
+    if several:
+        shares = [len(set(texts)) / len(texts) for texts in several]
+        numbers["distinct_share"] = float(np.mean(shares))
+    stage.log.write(0, numbers)
+
+
+def _slug(job: Job) -> str:
+    return job.name.replace(" ", "_")
