@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -70,6 +70,7 @@ class LlamaConfig:
         return jax.lax.Precision.HIGHEST if self.dtype == "float32" else None
 
 
+@runtime_checkable
 class Attention(Protocol):
     """How tokens see each other, the same object for all layers; a pytree, so it may hold arrays.
 

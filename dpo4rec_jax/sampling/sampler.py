@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What sampling needs of `weights.Policy`."""
 
