@@ -28,10 +28,6 @@ class RawData:
     items: pl.DataFrame
     users: pl.DataFrame
 
-    @property
-    def has_ratings(self) -> bool:
-        return self.interactions["rating"].null_count() < self.interactions.height
-
 
 def no_items() -> pl.DataFrame:
     return pl.DataFrame(schema={"item": pl.String, "title": pl.String})
@@ -39,3 +35,15 @@ def no_items() -> pl.DataFrame:
 
 def no_users() -> pl.DataFrame:
     return pl.DataFrame(schema={"user": pl.String})
+
+
+def natural_title(title: pl.Expr) -> pl.Expr:
+    """`Usual Suspects, The (1995)` as people and language models write it: article in front."""
+    articles = "The|A|An|Le|La|Les|Il|El|Los|Las|Das|Der|Die|Det|Den"
+    return title.str.replace(rf"^(.+), ({articles})( \(.*)?$", "$2 $1$3")
+
+
+def out_of_bounds(interactions: pl.DataFrame, low: float, high: float) -> int | None:
+    """Row of the first rating outside the bounds."""
+    outside = ~pl.col("rating").is_between(low, high)
+    return interactions.select(outside.arg_true().first()).item()
