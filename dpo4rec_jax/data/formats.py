@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpo4rec_jax.config import DataConfig, InputError
-from dpo4rec_jax.data import movielens, synthetic
+from dpo4rec_jax.data import movielens, recbole, synthetic, table
 from dpo4rec_jax.data.files import Files
 from dpo4rec_jax.data.ratings import RawData, Select
 
@@ -19,6 +19,10 @@ def locate(config: DataConfig, cache_dir: Path) -> tuple[str, Files | None]:
     files = Files(config.path)
     if movielens.is_movielens(files):
         return "movielens", files
+    if recbole.is_recbole(files):
+        return "recbole", files
+    if table.is_table(files):
+        return "table", files
     raise InputError("data.path: not read yet")
 
 
@@ -27,4 +31,8 @@ def read(
 ) -> RawData:
     if source is None:
         return synthetic.read(config, seed, select)
+    if format == "recbole":
+        return recbole.read(source, config, select)
+    if format == "table":
+        return table.read(source, config, select)
     return movielens.read(source, select)
