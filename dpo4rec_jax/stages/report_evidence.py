@@ -1,0 +1,200 @@
+"""What the report shows besides the table: pairs, texts, training curves, times."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo4rec_jax import __version__
+from dpo4rec_jax.config import InputError
+from dpo4rec_jax.data.texts import TextRecord, read_records
+from dpo4rec_jax.stages.plan import Step
+from dpo4rec_jax.workspace import Workspace
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
+NUM_EXAMPLES = 3
+CurvesByRound = dict[int, dict[str, tuple[list[int], list[float]]]]  # steps and values by name
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """A pair of texts of one user; `rank` 1 has the widest gap in score."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    score_chosen: float
+    score_rejected: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Of one round's pairs: the gaps in reward and in tokens, chosen minus rejected."""
+
+    round: int
+    score_gap_x: np.ndarray
+    length_gap_x: np.ndarray
+    examples: list[PairExample]
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """One user's first text in the round before and after an alignment, with their rewards."""
+
+    user: str
+    round: int
+    before: str
+    after: str
+    reward_before: float | None = None
+    reward_after: float | None = None
+
+
+@dataclass(frozen=True)
+class TextCounts:
+    """The texts of a round, by what could go wrong with them."""
+
+    round: int
+    texts: int
+    users: int
+    distinct: int
+    mean_tokens: float
+    cut: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    pairs: list[Pairs]
+    before_after: list[BeforeAfter]
+    texts: list[TextCounts]
+    curves: CurvesByRound = field(repr=False)
+
+
+def gather(workspace: Workspace, rounds: int) -> Evidence:
+    """Reads the rounds' artifacts. Raises InputError for a damaged one."""
+    records = {
+        round: read_records(workspace.stage_dir("reason", round) / "users.jsonl")
+        for round in range(rounds + 1)
+    }
+    return Evidence(
+        pairs=[
+            read_pairs(workspace.stage_dir("prefer", round) / "pairs.jsonl", round)
+            for round in range(rounds)
+        ],
+        before_after=[
+            example
+            for round in range(1, rounds + 1)
+            for example in before_after(workspace, round, records)
+        ],
+        texts=[count_texts(round, found) for round, found in records.items()],
+        curves=read_curves(workspace.path / "metrics.jsonl"),
+    )
+
+
+def read_pairs(path: Path, round: int) -> Pairs:
+    """Examples stand at even ranks of the score gap, the widest first: not a best-of."""
+    lines = list(_lines(path))
+    gap_x = np.array([line["score_chosen"] - line["score_rejected"] for line in lines])
+    length_x = np.array(
+        [len(line["chosen_tokens"]) - len(line["rejected_tokens"]) for line in lines]
+    )
+    order = np.argsort(-gap_x, kind="stable")
+    ranks = np.unique(np.linspace(0, len(lines) / 2, NUM_EXAMPLES).astype(int)) if lines else []
+    examples = [
+        _pair_example(lines[order[rank]], int(rank) + 1) for rank in ranks if rank < len(lines)
+    ]
+    return Pairs(round, gap_x, length_x, examples)
+
+
+def _pair_example(line: dict[str, Any], rank: int) -> PairExample:
+    return PairExample(
+        prompt="\n\n".join(message["content"] for message in line["prompt"]),
+        chosen=line["chosen"][-1]["content"],
+        rejected=line["rejected"][-1]["content"],
+        score_chosen=line["score_chosen"],
+        score_rejected=line["score_rejected"],
+        rank=rank,
+    )
+
+
+def before_after(
+    workspace: Workspace, round: int, records: dict[int, list[TextRecord]]
+) -> list[BeforeAfter]:
+    """Users evenly spaced among those with texts in both rounds; none is picked by its texts."""
+    first = [
+        {record.id: record for record in records[r] if record.sample == 0}
+        for r in (round - 1, round)
+    ]
+    both = [id for id in first[0] if id in first[1]]
+    places = np.unique(np.linspace(0, len(both) - 1, NUM_EXAMPLES + 2)[1:-1].astype(int))
+    return [
+        BeforeAfter(both[place], round, first[0][both[place]].text, first[1][both[place]].text)
+        for place in (places if both else [])
+    ]
+
+
+def count_texts(round: int, records: list[TextRecord]) -> TextCounts:
+    lengths = [len(record.completion_tokens) for record in records]
+    return TextCounts(
+        round=round,
+        texts=len(records),
+        users=len({record.id for record in records}),
+        distinct=len({record.text for record in records}),
+        mean_tokens=float(np.mean(lengths)) if lengths else 0.0,
+        cut=Counter(record.finish for record in records)["length"],
+    )
+
+
+def read_curves(path: Path) -> CurvesByRound:
+    """What stage align logged: steps and values of each figure, by round."""
+    curves: CurvesByRound = {}
+    for line in _lines(path) if path.exists() else ():
+        if line.get("stage") != "align" or line.get("round") is None:
+            continue
+        named = curves.setdefault(line["round"], {})
+        for name, value in line.items():
+            if name not in ("time", "stage", "round", "step") and value is not None:
+                steps, values = named.setdefault(name, ([], []))
+                steps.append(line["step"])
+                values.append(float(value))
+    return curves
+
+
+def seconds_by_step(workspace: Workspace, steps: list[Step]) -> dict[str, float]:
+    """Seconds that each complete step took when it ran, as `reason` or `round0/reason`."""
+    seconds = {}
+    for step in steps:
+        manifest = workspace.manifest(step.stage, step.round)
+        if manifest is not None:
+            where = workspace.stage_dir(step.stage, step.round).relative_to(workspace.path)
+            seconds[str(where)] = manifest["seconds"]
+    return seconds
+
+
+def versions() -> dict[str, str]:
+    import jax
+
+    found = {"dpo4rec_jax": __version__, "python": platform.python_version()}
+    found |= {name: metadata.version(name) for name in PACKAGES}
+    device = jax.devices()[0]
+    return found | {"devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})"}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, text in enumerate(file, 1):
+                try:
+                    yield json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}:{number}: damaged: {error.msg}") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run its stage again") from None

@@ -1,0 +1,73 @@
+"""What a reader should know before believing the table, each with the knob to turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dpo4rec_jax.config import Config
+from dpo4rec_jax.stages.report_evidence import Evidence
+
+FEW_SEEDS, FEW_USERS = 5, 100
+
+
+def warnings_of(document: Mapping[str, Any], evidence: Evidence, config: Config) -> list[str]:
+    return [
+        *_of_the_test(document, config),
+        *_of_the_texts(evidence, config),
+        *_of_the_pairs(evidence, config),
+    ]
+
+
+def _of_the_test(document: Mapping[str, Any], config: Config) -> Iterator[str]:
+    if document["seeds"] < FEW_SEEDS:
+        yield (
+            f"Only {document['seeds']} re-ranker seed(s): the spread between seeds is not known "
+            f"well. Set rank.seeds to {FEW_SEEDS} or more."
+        )
+    users = max((row["n_users"] for row in document["comparisons"]), default=FEW_USERS)
+    if users < FEW_USERS:
+        yield (
+            f"Only {users} test users: small gains cannot show. Raise data.max_users or "
+            "data.test_fraction."
+        )
+    if config.prefer.folds == 1:
+        yield (
+            "The reward was not cross-fitted (prefer.folds is 1): texts were judged by re-rankers "
+            "that had trained on the same users."
+        )
+
+
+def _of_the_texts(evidence: Evidence, config: Config) -> Iterator[str]:
+    for counts in evidence.texts:
+        if counts.cut > 0.5 * counts.texts:
+            yield (
+                f"Round {counts.round}: {counts.cut / counts.texts:.0%} of the texts were cut off "
+                f"at reason.max_new_tokens = {config.reason.max_new_tokens}. Raise it."
+            )
+        if counts.distinct < 0.5 * counts.texts:
+            yield (
+                f"Round {counts.round}: only {counts.distinct} of {counts.texts} texts are "
+                "distinct; equal texts make no pairs. Raise reason.temperature or reason.top_p."
+            )
+
+
+def _of_the_pairs(evidence: Evidence, config: Config) -> Iterator[str]:
+    lengths = {counts.round: counts.mean_tokens for counts in evidence.texts}
+    for pairs in evidence.pairs:
+        if not len(pairs.score_gap_x):
+            yield (
+                f"Round {pairs.round} gave no pairs: no user's texts differ by more than "
+                f"prefer.min_gap = {config.prefer.min_gap}. Raise reason.samples or lower it."
+            )
+            continue
+        mean_gap = float(np.mean(pairs.length_gap_x))
+        if abs(mean_gap) > 0.1 * lengths[pairs.round] > 0:
+            than = "longer" if mean_gap > 0 else "shorter"
+            yield (
+                f"Round {pairs.round}: chosen texts are {than} by {abs(mean_gap):.1f} tokens on "
+                "average; part of the preference may be for length. Consider "
+                "align.length_normalise."
+            )
