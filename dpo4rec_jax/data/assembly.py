@@ -133,6 +133,7 @@ def item_rows(
     columns = [rows[name].fill_null([]).to_list() for name in names]
     items = []
     for item, title, *values in zip(item_id, titles, *columns, strict=True):
+        title = " ".join(title.split())
         attributes = dict(zip(names, values, strict=True))
         text = item_text(domain, title, attributes)
         items.append({"item": item, "title": title, "attributes": attributes, "text": text})

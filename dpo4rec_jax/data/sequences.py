@@ -45,25 +45,26 @@ def select(
     """
     if interactions.is_empty():
         raise InputError("expected interactions, got none; check data.path")
-    kept = _first_of_pairs(interactions)
+    user_E, item_E = _codes(interactions["user"])[0], _codes(interactions["item"])[0]
+    keep_E = first_of_pairs(user_E, item_E, interactions["time"].to_numpy())
     if min_user or min_item:
-        user_E, item_E = _codes(kept["user"])[0], _codes(kept["item"])[0]
-        kept = kept.filter(k_core(user_E, item_E, min_user or 1, min_item or 1))
-        if kept.is_empty():
+        keep_E[keep_E] = k_core(user_E[keep_E], item_E[keep_E], min_user or 1, min_item or 1)
+        if not keep_E.any():
             raise InputError(
                 f"data.min_user_interactions {min_user or 1}, data.min_item_interactions "
                 f"{min_item or 1}: no user and item of {interactions.height:,} interactions reach "
                 "them; lower them"
             )
-    kept = kept.filter(pl.len().over("user") > 1)
-    if kept.is_empty():
+    length_U = np.bincount(user_E[keep_E], minlength=user_E.max() + 1)
+    suited_U = length_U > 1
+    if not suited_U.any():
         raise InputError(
             "no user has an item after the knowledge window: every user has one interaction; "
             "candidate lists need users with two or more"
         )
     if max_users is not None:
-        kept = kept.filter(pl.col("user").is_in(_distinct(kept["user"]).head(max_users).implode()))
-    return kept
+        suited_U &= np.cumsum(suited_U) <= max_users
+    return interactions.filter(keep_E & suited_U[user_E])
 
 
 def index(interactions: pl.DataFrame) -> Indexed:
@@ -88,6 +89,21 @@ def window(length_U: Int[np.ndarray, " U"], cap: int) -> Int32[np.ndarray, " U"]
     return np.minimum((length_U + 1) // 2, cap).astype(np.int32)
 
 
+def first_of_pairs(
+    user_E: Int[np.ndarray, " E"], item_E: Int[np.ndarray, " E"], time_E: Int[np.ndarray, " E"]
+) -> Bool[np.ndarray, " E"]:
+    """True at the earliest interaction of each (user, item) pair, ties by file order."""
+    key_E = user_E * (item_E.max(initial=0) + 1) + item_E
+    order_E = np.argsort(key_E, kind="stable")
+    again_E = np.zeros(len(key_E), dtype=bool)
+    again_E[1:] = np.diff(key_E[order_E]) == 0
+    if again_E.any():
+        order_E = np.lexsort((time_E, key_E))
+    first_E = np.empty_like(again_E)
+    first_E[order_E] = ~again_E
+    return first_E
+
+
 def k_core(
     user_E: Int[np.ndarray, " E"], item_E: Int[np.ndarray, " E"], min_user: int, min_item: int
 ) -> Bool[np.ndarray, " E"]:
@@ -103,22 +119,8 @@ def k_core(
         keep_E = left_E
 
 
-def _first_of_pairs(interactions: pl.DataFrame) -> pl.DataFrame:
-    pairs = interactions.select("user", "item")
-    if not pairs.is_duplicated().any():
-        return interactions
-    row = "row of file"
-    earliest = interactions.with_row_index(row).sort("time", maintain_order=True)
-    kept = earliest.unique(["user", "item"], keep="first", maintain_order=True)
-    return kept.sort(row).drop(row)
-
-
-def _distinct(ids: pl.Series) -> pl.Series:
-    return ids.unique(maintain_order=True)
-
-
 def _codes(ids: pl.Series) -> tuple[np.ndarray, list[str]]:
     """Indices by order of first appearance, and the ids they stand for."""
-    distinct = _distinct(ids)
+    distinct = ids.unique(maintain_order=True)
     codes = ids.cast(pl.Enum(distinct)).to_physical()
     return codes.to_numpy().astype(np.int64), distinct.to_list()
