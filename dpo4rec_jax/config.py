@@ -168,6 +168,9 @@ class RankConfig(Section):
     user_text: Literal["any", "first", "best"] = field(
         "any", "a training user's vector: drawn anew each epoch, the first text, or the best"
     )
+    knowledge: Literal["both", "user", "item", "shuffled"] = field(
+        "both", "ablation: texts of users or items alone, or users shown each other's texts"
+    )
     epochs: Positive = field(10, "passes over the training lists at the most")
     patience: Positive = field(3, "epochs without a better validation ndcg@5 before the stop")
     batch_lists: Positive = field(256, "lists a step")
@@ -184,6 +187,15 @@ class PreferConfig(Section):
     k: Positive = field(5, "cut-off of the reward's NDCG")
     folds: int = field(5, "cross-fitting folds; 1: judged by re-rankers that saw the user", ge=1)
     min_gap: float = field(0.0, "no pair where best and worst are within this reward", ge=0.0)
+    choice: Literal["best", "random"] = field(
+        "best", "ablation: pair the best text with the worst, or two at random in random order"
+    )
+    pairs_per_user: Positive = field(
+        1, "pairs a user: best with worst, second best with second worst, and so on"
+    )
+    max_length_gap: Positive | None = field(
+        None, "no pair whose texts differ by more tokens in length; null: any"
+    )
     max_pairs: Positive | None = field(None, "keep the pairs of largest gap; null: all")
 
 

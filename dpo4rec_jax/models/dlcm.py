@@ -1,0 +1,59 @@
+"""DLCM (Ai et al. 2018, arXiv 1804.05936): a GRU reads the list, then scores each state."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dpo4rec_jax.models.list_attention import dropout
+
+
+class GRU(nn.Module):
+    """A gated recurrent unit in PyTorch's parametrisation; padding leaves the state as it is.
+
+    All input projections are one matrix product before the scan. Returns the state after every
+    candidate and the last one.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gates_BNG = nn.Dense(3 * self.width, name="input")(x_BND)
+        recurrent = self.param(
+            "recurrent", nn.initializers.orthogonal(), (self.width, 3 * self.width)
+        )
+        new_bias = self.param("new_bias", nn.initializers.zeros_init(), (self.width,))
+
+        def step(state_BH, now):
+            gates_BG, mask_B = now
+            reset, update, new = jnp.split(gates_BG, 3, axis=-1)
+            past_reset, past_update, past_new = jnp.split(state_BH @ recurrent, 3, axis=-1)
+            reset = nn.sigmoid(reset + past_reset)
+            update = nn.sigmoid(update + past_update)
+            past_new = past_new + jnp.broadcast_to(new_bias, past_new.shape)
+            candidate = jnp.tanh(new + reset * past_new)
+            moved_BH = (1.0 - update) * candidate + update * state_BH
+            state_BH = jnp.where(mask_B[:, None], moved_BH, state_BH)
+            return state_BH, state_BH
+
+        start_BH = jnp.zeros((x_BND.shape[0], self.width), x_BND.dtype)
+        by_step = (gates_BNG.swapaxes(0, 1), mask_BN.swapaxes(0, 1))
+        last_BH, state_NBH = jax.lax.scan(step, start_BH, by_step)
+        return state_NBH.swapaxes(0, 1), last_BH
+
+
+class DLCM(nn.Module):
+    """Score of candidate i: v . (o_i * tanh(W s + b)), o_i its state, s the last (equation 6)."""
+
+    dropout: float = 0.0
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array, training: bool) -> jax.Array:
+        x_BND = dropout(self.dropout, training)(nn.LayerNorm()(x_BND))
+        state_BNH, last_BH = GRU(self.width, name="gru")(x_BND, mask_BN)
+        local_BNH = dropout(self.dropout, training)(state_BNH)
+        context_BH = jnp.tanh(nn.Dense(self.width, name="context")(last_BH))
+        return nn.Dense(1, name="score")(local_BNH * context_BH[:, None])[..., 0]

@@ -1,0 +1,151 @@
+"""Candidate lists and vectors on the device, and scoring them by index, in batches.
+
+Training scores a batch of lists and pays the adaptor once for each distinct item of it. Everything
+else scores with the items and texts adapted beforehand: `adapted`, then `map_lists`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Float, Int
+
+from dpo4rec_jax.models import reranker
+from dpo4rec_jax.models.reranker import Params, RerankerConfig
+
+T = TypeVar("T")
+
+
+@struct.dataclass
+class Lists:
+    """L lists of N candidates, the items' attributes, and the vectors of texts where there are.
+
+    The first `count_U[u]` of a user's C vectors are texts. A side without knowledge is None.
+    """
+
+    user_L: jax.Array
+    item_LN: jax.Array
+    label_LN: jax.Array
+    mask_LN: jax.Array
+    attribute_IAM: jax.Array
+    user_UCF: jax.Array | None = None
+    count_U: jax.Array | None = None
+    item_IF: jax.Array | None = None
+
+
+@struct.dataclass
+class Adapted:
+    """What the adaptors made of every text and item; None for a side without knowledge."""
+
+    user_UCO: jax.Array | None
+    item_IO: jax.Array | None
+
+
+def score_batch(
+    config: RerankerConfig,
+    params: Params,
+    lists: Lists,
+    index_B: Int[jax.Array, " B"],
+    sample_B: Int[jax.Array, " B"] | None = None,
+    capacity: int | None = None,
+    key: jax.Array | None = None,
+) -> Float[jax.Array, "B N"]:
+    """Scores of the lists at `index_B` with each one's user shown by text `sample_B`.
+
+    `capacity` bounds the distinct items of the batch (`count_distinct`), None: any number. A `key`
+    turns dropout on.
+    """
+    item_BN, user_B = lists.item_LN[index_B], lists.user_L[index_B]
+    user_BO = item_BNO = None
+    if lists.user_UCF is not None:
+        sample_B = jnp.zeros_like(user_B) if sample_B is None else sample_B
+        user_BF = lists.user_UCF[user_B, sample_B]
+        user_BO = reranker.adapt_users(config, params, user_BF)
+    if lists.item_IF is not None:
+        size = min(capacity or item_BN.size, item_BN.size, lists.item_IF.shape[0])
+        distinct_K, place_BN = jnp.unique(item_BN, size=size, fill_value=0, return_inverse=True)
+        item_KO = reranker.adapt_items(config, params, lists.item_IF[distinct_K])
+        item_BNO = item_KO[place_BN]
+    return reranker.score(
+        config,
+        params,
+        item_BN,
+        lists.mask_LN[index_B],
+        lists.attribute_IAM[item_BN],
+        user_BO,
+        item_BNO,
+        key,
+    )
+
+
+def count_distinct(lists: Lists, index_B: Int[jax.Array, " B"]) -> jax.Array:
+    """How many distinct items the lists at `index_B` hold."""
+    sorted_T = jnp.sort(lists.item_LN[index_B].reshape(-1))
+    return 1 + (sorted_T[1:] != sorted_T[:-1]).sum()
+
+
+def adapted(config: RerankerConfig, params: Params, lists: Lists) -> Adapted:
+    """Adapts every text and every item once."""
+    user_UCO = item_IO = None
+    if lists.user_UCF is not None:
+        user_UCO = reranker.adapt_users(config, params, jnp.asarray(lists.user_UCF))
+    if lists.item_IF is not None:
+        item_IO = reranker.adapt_items(config, params, jnp.asarray(lists.item_IF))
+    return Adapted(user_UCO, item_IO)
+
+
+def score_texts(
+    config: RerankerConfig,
+    params: Params,
+    lists: Lists,
+    tables: Adapted,
+    index_B: Int[jax.Array, " B"],
+    samples: int = 1,
+) -> Float[jax.Array, "B C N"]:
+    """Scores of the lists at `index_B` by each of the first `samples` texts of their users."""
+    item_BN, mask_BN = lists.item_LN[index_B], lists.mask_LN[index_B]
+    attribute_BNAM = lists.attribute_IAM[item_BN]
+    item_BNO = None if tables.item_IO is None else tables.item_IO[item_BN]
+    rows = (item_BN, mask_BN, attribute_BNAM, item_BNO)
+    item, mask, attribute, knowledge = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), rows)
+    user_BO = None
+    if tables.user_UCO is not None:
+        user_BCO = tables.user_UCO[lists.user_L[index_B], :samples]
+        user_BO = user_BCO.reshape(-1, user_BCO.shape[-1])
+    score = reranker.score(config, params, item, mask, attribute, user_BO, knowledge)
+    return score.reshape(len(index_B), samples, -1)
+
+
+def map_lists(
+    config: RerankerConfig,
+    params: Params,
+    lists: Lists,
+    index_T: Int[jax.Array, " T"],
+    reduce: Callable[[jax.Array, jax.Array, jax.Array], T],
+    samples: int = 1,
+    rows: int = 2048,
+) -> T:
+    """`reduce(score_BCN, label_BCN, mask_BCN)` of the lists at `index_T`, about `rows` at a time.
+
+    Leaves of the result have leading axis T, as those of `reduce` have B. Scores are never all held
+    at once.
+    """
+    tables = adapted(config, params, lists)
+    total, batch = index_T.shape[0], max(1, min(rows // samples, index_T.shape[0]))
+    chunks = -(-total // batch)
+    index_SB = jnp.pad(jnp.asarray(index_T), (0, chunks * batch - total)).reshape(chunks, batch)
+
+    def one(index_B: jax.Array) -> Any:
+        score_BCN = score_texts(config, params, lists, tables, index_B, samples)
+        label_BCN, mask_BCN = (
+            jnp.broadcast_to(x_LN[index_B][:, None], score_BCN.shape)
+            for x_LN in (lists.label_LN, lists.mask_LN)
+        )
+        return reduce(score_BCN, label_BCN, mask_BCN)
+
+    mapped = jax.lax.map(one, index_SB)
+    return jax.tree.map(lambda x: x.reshape(chunks * batch, *x.shape[2:])[:total], mapped)

@@ -1,0 +1,27 @@
+"""PRM (Pei et al. 2019, arXiv 1904.06813): positions, self-attention, a perceptron (200, 80)."""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+
+from dpo4rec_jax.models.list_attention import Block, dropout
+
+
+class PRM(nn.Module):
+    """Learned position encodings are added to the candidates in the order they are given."""
+
+    dropout: float = 0.0
+    heads: int = 2
+    hidden: tuple[int, ...] = (200, 80)
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array, training: bool) -> jax.Array:
+        position_ND = self.param("position", nn.initializers.normal(0.02), x_BND.shape[1:])
+        x_BND = x_BND + position_ND[None]
+        x_BND = Block(self.heads, 0, self.dropout, name="block")(x_BND, None, mask_BN, training)
+        x_BND = nn.LayerNorm(name="norm")(x_BND)
+        for i, width in enumerate(self.hidden):
+            x_BND = nn.relu(nn.Dense(width, name=f"hidden_{i}")(x_BND))
+            x_BND = dropout(self.dropout, training)(x_BND)
+        return nn.Dense(1, name="score")(x_BND)[..., 0]

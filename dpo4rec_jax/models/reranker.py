@@ -1,0 +1,158 @@
+"""The re-ranker: features of each candidate, a backbone over the list, one score a candidate.
+
+A candidate is [item id embedding | attribute embeddings | adaptor(user vector) | adaptor(item
+vector)]. The adaptors are applied apart from the scoring, so that a caller pays for them once a
+distinct user and item: `adapt_users`, `adapt_items`, then `score` on what they return.
+
+A new backbone is one module `(x_BND, mask_BN, training) -> score_BN` and one line in BACKBONES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Bool, Float, Int
+
+from dpo4rec_jax.models.adaptor import ADAPTORS
+from dpo4rec_jax.models.dlcm import DLCM
+from dpo4rec_jax.models.prm import PRM
+from dpo4rec_jax.models.setrank import InducedSetRank, SetRank
+
+BACKBONES: dict[str, type[nn.Module]] = {
+    "dlcm": DLCM,
+    "prm": PRM,
+    "setrank": SetRank,
+    "setrank-isab": InducedSetRank,
+}
+
+# Attributes of at most so many values are embedded by a product with their multi-hot rows; larger
+# ones by lookup. The gradient of a lookup is a scatter, slow on every backend.
+MULTI_HOT = 64
+
+Params = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RerankerConfig:
+    """Sizes of a re-ranker. A side whose `_features` (length of its vectors) is 0 has no knowledge.
+
+    `list_length` matters to PRM alone, whose positions are learned.
+    """
+
+    backbone: str
+    num_items: int
+    attribute_sizes: tuple[int, ...]
+    list_length: int
+    user_features: int = 0
+    item_features: int = 0
+    adaptor: str = "hybrid"
+    embedding: int = 32
+    dropout: float = 0.0
+
+
+class Reranker(nn.Module):
+    config: RerankerConfig
+
+    def setup(self):
+        config = self.config
+        init = nn.initializers.normal(0.1)
+        self.item_embed = nn.Embed(config.num_items, config.embedding, embedding_init=init)
+        self.attribute_embed = [
+            nn.Embed(size, config.embedding, embedding_init=init) for size in config.attribute_sizes
+        ]
+        if config.user_features or config.item_features:
+            self.adaptor = ADAPTORS[config.adaptor]()
+        self.backbone = BACKBONES[config.backbone](dropout=config.dropout)
+
+    def adapt(self, x: jax.Array, side: str) -> jax.Array:
+        return self.adaptor(x, side)
+
+    def score(self, item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, training: bool):
+        parts = [self.item_embed(item_BN)]
+        for a, embed in enumerate(self.attribute_embed):
+            parts.append(_mean_embedding(embed, attribute_BNAM[:, :, a]))
+        if user_BO is not None:
+            parts.append(jnp.broadcast_to(user_BO[:, None], (*item_BN.shape, user_BO.shape[-1])))
+        if item_BNO is not None:
+            parts.append(item_BNO)
+        return self.backbone(jnp.concatenate(parts, axis=-1), mask_BN, training)
+
+    def everything(self, item_BN, mask_BN, attribute_BNAM, user_BF, item_BNF):
+        """Touches every parameter, for `init`."""
+        user_BO = None if user_BF is None else self.adapt(user_BF, "user")
+        item_BNO = None if item_BNF is None else self.adapt(item_BNF, "item")
+        return self.score(item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, False)
+
+
+def init(config: RerankerConfig, key: jax.Array) -> dict[str, Any]:
+    """Parameters of a fresh re-ranker, float32."""
+    shape = (1, config.list_length)
+    user_BF = jnp.zeros((1, config.user_features)) if config.user_features else None
+    item_BNF = jnp.zeros((*shape, config.item_features)) if config.item_features else None
+    variables: Any = Reranker(config).init(
+        key,
+        jnp.zeros(shape, jnp.int32),
+        jnp.ones(shape, bool),
+        jnp.zeros((*shape, len(config.attribute_sizes), 1), jnp.int32),
+        user_BF,
+        item_BNF,
+        method="everything",
+    )
+    return variables["params"]
+
+
+def adapt_users(
+    config: RerankerConfig, params: Params, user_BF: Float[jax.Array, "*B F"]
+) -> Float[jax.Array, "*B O"]:
+    """User vectors into the recommender's space."""
+    return _apply(config, params, None, "adapt", user_BF, "user")
+
+
+def adapt_items(
+    config: RerankerConfig, params: Params, item_IF: Float[jax.Array, "*I F"]
+) -> Float[jax.Array, "*I O"]:
+    """Item vectors into the recommender's space."""
+    return _apply(config, params, None, "adapt", item_IF, "item")
+
+
+def score(
+    config: RerankerConfig,
+    params: Params,
+    item_BN: Int[jax.Array, "B N"],
+    mask_BN: Bool[jax.Array, "B N"],
+    attribute_BNAM: Int[jax.Array, "B N A M"],
+    user_BO: Float[jax.Array, "B O"] | None = None,
+    item_BNO: Float[jax.Array, "B N O"] | None = None,
+    key: jax.Array | None = None,
+) -> Float[jax.Array, "B N"]:
+    """Scores of the candidates, float32, 0 on padding; a `key` turns dropout on.
+
+    `attribute_BNAM` holds each candidate's values of each attribute, -1 where there are fewer.
+    `user_BO` and `item_BNO` are what the adaptors returned, None for a side without knowledge.
+    """
+    arguments = (item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, key is not None)
+    score_BN = _apply(config, params, key, "score", *arguments)
+    return jnp.where(mask_BN, score_BN.astype(jnp.float32), 0.0)
+
+
+def _apply(
+    config: RerankerConfig, params: Params, key: jax.Array | None, method: str, *args
+) -> Any:
+    rngs = None if key is None else {"dropout": key}
+    return Reranker(config).apply({"params": params}, *args, method=method, rngs=rngs)
+
+
+def _mean_embedding(embed: nn.Embed, value_BNM: jax.Array) -> jax.Array:
+    """Mean of the embeddings of an attribute's values; zeros where there is none."""
+    known_BNM = value_BNM >= 0
+    count_BN1 = jnp.maximum(known_BNM.sum(-1, keepdims=True), 1)
+    if embed.num_embeddings <= MULTI_HOT:
+        one_hot = jax.nn.one_hot(value_BNM, embed.num_embeddings, dtype=embed.embedding.dtype)
+        return (one_hot.sum(-2) / count_BN1) @ embed.embedding
+    value_BNMD = embed(jnp.where(known_BNM, value_BNM, 0))
+    return jnp.where(known_BNM[..., None], value_BNMD, 0.0).sum(-2) / count_BN1

@@ -1,0 +1,236 @@
+"""Training of many small models at once: an epoch is one compiled program over device data.
+
+The members (axis R: seeds, and folds that must not see some examples) differ in their first
+parameters, their keys and the examples that they draw; the step is the same function for all. An
+epoch shuffles each member's examples on the device and scans over batches of indices. The best
+parameters by a validation metric stay on the device, kept by member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Bool, Float, Int
+
+from dpo4rec_jax.runtime.optimizer import adamw, learning_rate_schedule
+
+Tree = Any
+
+# A program's static capacity is rounded up to this, so that few epochs compile anew.
+CAPACITY_STEP = 128
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is fitted, as pure functions of one member. Hashable, so programs are compiled once.
+
+    `loss(params, data, index_B, epoch_key, step_key, capacity) -> loss_B` of the examples at
+    `index_B`; `epoch_key` is the same all epoch, `step_key` the step's own.
+    `validate(params, data) -> scalar`, larger is better.
+    `demand(data, index_B) -> integer` is the static size that a batch needs (distinct items, say);
+    the largest of an epoch, rounded up, is the `capacity` that `loss` is compiled for.
+    """
+
+    loss: Callable[..., jax.Array]
+    validate: Callable[..., jax.Array]
+    demand: Callable[..., jax.Array] | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast. `patience` is in epochs without a better validation metric."""
+
+    epochs: int
+    batch: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    warmup_fraction: float = 0.05
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: float = 1e6
+    patience: int = 3
+    members: Literal["auto", "vmap", "map"] = "auto"
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        schedule = learning_rate_schedule(
+            self.learning_rate,
+            steps * self.epochs,
+            warmup_fraction=self.warmup_fraction,
+            decay=self.decay,
+        )
+        return adamw(schedule, max_grad_norm=self.max_grad_norm, weight_decay=self.weight_decay)
+
+
+@struct.dataclass
+class Member:
+    """All that one member carries from epoch to epoch; stacked over members on axis 0."""
+
+    params: Tree
+    optimizer: Tree
+    best_params: Tree
+    best: jax.Array  # best validation metric so far
+    best_epoch: jax.Array
+    stale: jax.Array  # epochs since the best
+    key: jax.Array
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The best parameters of every member, and how they got there."""
+
+    params_R: Tree
+    best_R: Float[np.ndarray, " R"]
+    best_epoch_R: Int[np.ndarray, " R"]
+    loss_ER: Float[np.ndarray, "E R"]
+    validation_ER: Float[np.ndarray, "E R"]
+
+
+def fit(
+    problem: Problem,
+    params_R: Tree,
+    data: Tree,
+    draws_RL: Bool[np.ndarray, "R L"],
+    key: jax.Array,
+    schedule: Schedule,
+    on_epoch: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
+) -> Fitted:
+    """Trains all members until each has run out of patience or of epochs.
+
+    `draws_RL` says which of the L examples each member may see. Every member takes the same number
+    of steps an epoch; one with fewer examples has batches padded with examples of weight 0, and its
+    losses are means over the real ones. A member out of patience no longer changes its best, so
+    its result does not depend on who trains beside it.
+    """
+    pool_RT, steps = _pools(draws_RL, schedule.batch)
+    optimizer = schedule.optimizer(steps)
+    num_members = len(draws_RL)
+    state = Member(
+        params=jax.tree.map(jnp.copy, params_R),  # donated to the first epoch
+        optimizer=jax.vmap(optimizer.init)(params_R),
+        best_params=jax.tree.map(jnp.copy, params_R),
+        best=jnp.full((num_members,), -jnp.inf, jnp.float32),
+        best_epoch=jnp.full((num_members,), -1, jnp.int32),
+        stale=jnp.zeros((num_members,), jnp.int32),
+        key=jax.random.split(key, num_members),
+    )
+    losses, validations, capacity = [], [], 0
+    for epoch in range(schedule.epochs):
+        order_RSB = _shuffled(pool_RT, state.key, epoch, steps)
+        if problem.demand is not None:
+            need = int(_largest_demand(problem.demand, data, order_RSB))
+            capacity = max(capacity, -(-need // CAPACITY_STEP) * CAPACITY_STEP)
+        state, loss_R, validation_R = _epoch(
+            problem, schedule, steps, capacity, state, data, order_RSB, jnp.int32(epoch)
+        )
+        losses.append(np.asarray(loss_R))
+        validations.append(np.asarray(validation_R))
+        if on_epoch is not None:
+            on_epoch(epoch, losses[-1], validations[-1])
+        if (np.asarray(state.stale) >= schedule.patience).all():
+            break
+    return Fitted(
+        params_R=state.best_params,
+        best_R=np.asarray(state.best),
+        best_epoch_R=np.asarray(state.best_epoch),
+        loss_ER=np.stack(losses),
+        validation_ER=np.stack(validations),
+    )
+
+
+def _pools(draws_RL: np.ndarray, batch: int) -> tuple[jax.Array, int]:
+    """Each member's example indices, padded with -1 to a whole number of batches."""
+    largest = int(draws_RL.sum(1).max(initial=0))
+    assert largest > 0, "no member has an example to learn from"
+    batch = min(batch, largest)
+    steps = -(-largest // batch)
+    pool_RT = np.full((len(draws_RL), steps * batch), -1, np.int32)
+    for pool_T, draws_L in zip(pool_RT, draws_RL, strict=True):
+        own = np.flatnonzero(draws_L)
+        pool_T[: len(own)] = own
+    return jnp.asarray(pool_RT), steps
+
+
+@partial(jax.jit, static_argnums=3)
+def _shuffled(pool_RT: jax.Array, key_R: jax.Array, epoch: int, steps: int) -> jax.Array:
+    """Batches of an epoch; the padding is shuffled in, so that all batches are about as full."""
+
+    def one(pool_T, key):
+        bits_T = jax.random.bits(jax.random.fold_in(key, 2 * epoch), pool_T.shape)
+        return jax.lax.sort_key_val(bits_T, pool_T)[1].reshape(steps, -1)
+
+    return jax.vmap(one)(pool_RT, key_R)
+
+
+@partial(jax.jit, static_argnums=0)
+def _largest_demand(demand: Callable, data: Tree, order_RSB: jax.Array) -> jax.Array:
+    flat = order_RSB.reshape(-1, order_RSB.shape[-1])
+    return jax.lax.map(lambda index_B: demand(data, jnp.maximum(index_B, 0)), flat).max()
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def _epoch(
+    problem: Problem,
+    schedule: Schedule,
+    steps: int,
+    capacity: int,
+    state_R: Member,
+    data: Tree,
+    order_RSB: jax.Array,
+    epoch: jax.Array,
+) -> tuple[Member, jax.Array, jax.Array]:
+    optimizer = schedule.optimizer(steps)
+
+    def train(state: Member, order_SB: jax.Array):
+        epoch_key = jax.random.fold_in(state.key, 2 * epoch + 1)
+
+        def batch_loss(params, index_B, step_key):
+            real_B = index_B >= 0
+            loss_B = problem.loss(
+                params, data, jnp.maximum(index_B, 0), epoch_key, step_key, capacity
+            )
+            return jnp.where(real_B, loss_B, 0.0).sum() / jnp.maximum(real_B.sum(), 1)
+
+        def step(carry, now):
+            params, moments = carry
+            index_B, number = now
+            step_key = jax.random.fold_in(epoch_key, number)
+            loss, grads = jax.value_and_grad(batch_loss)(params, index_B, step_key)
+            updates, moments = optimizer.update(grads, moments, params)
+            return (optax.apply_updates(params, updates), moments), loss
+
+        carry = (state.params, state.optimizer)
+        (params, moments), loss_S = jax.lax.scan(step, carry, (order_SB, jnp.arange(steps)))
+        validation = problem.validate(params, data)
+        state = replace(state, params=params, optimizer=moments)
+        state = _keep_best(state, validation, epoch, schedule.patience)
+        return state, loss_S.mean(), validation
+
+    if _vmapped(schedule.members):
+        return jax.vmap(train)(state_R, order_RSB)
+    return jax.lax.map(lambda member: train(*member), (state_R, order_RSB))
+
+
+def _keep_best(state: Member, validation: jax.Array, epoch: jax.Array, patience: int) -> Member:
+    better = (validation > state.best) & (state.stale < patience)
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(better, new, old), state.params, state.best_params
+    )
+    return replace(
+        state,
+        best_params=kept,
+        best=jnp.where(better, validation, state.best),
+        best_epoch=jnp.where(better, epoch, state.best_epoch),
+        stale=jnp.where(better, 0, state.stale + 1),
+    )
+
+
+def _vmapped(members: str) -> bool:
+    """On CPU a batch of small products runs no faster than one after the other, and caches less."""
+    return members == "vmap" or (members == "auto" and jax.default_backend() != "cpu")
