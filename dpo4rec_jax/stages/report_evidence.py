@@ -103,15 +103,18 @@ def read_pairs(path: Path, round: int) -> Pairs:
     """Examples stand at even ranks of the score gap, the widest first: not a best-of."""
     lines = list(_lines(path))
     gap_x = np.array([line["score_chosen"] - line["score_rejected"] for line in lines])
-    length_x = np.array(
-        [len(line["chosen_tokens"]) - len(line["rejected_tokens"]) for line in lines]
-    )
+    length_x = np.array([_length(line, "chosen") - _length(line, "rejected") for line in lines])
     order = np.argsort(-gap_x, kind="stable")
     ranks = np.unique(np.linspace(0, len(lines) / 2, NUM_EXAMPLES).astype(int)) if lines else []
     examples = [
         _pair_example(lines[order[rank]], int(rank) + 1) for rank in ranks if rank < len(lines)
     ]
     return Pairs(round, gap_x, length_x, examples)
+
+
+def _length(line: dict[str, Any], side: str) -> int:
+    """Tokens of a text; words of one that no policy of ours wrote."""
+    return len(line[f"{side}_tokens"]) or len(line[side][-1]["content"].split())
 
 
 def _pair_example(line: dict[str, Any], rank: int) -> PairExample:
@@ -142,7 +145,7 @@ def before_after(
 
 
 def count_texts(round: int, records: list[TextRecord]) -> TextCounts:
-    lengths = [len(record.completion_tokens) for record in records]
+    lengths = [len(record.completion_tokens) or len(record.text.split()) for record in records]
     return TextCounts(
         round=round,
         texts=len(records),

