@@ -14,7 +14,7 @@ import re
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any, BinaryIO
+from typing import Any
 
 import polars as pl
 
@@ -102,7 +102,7 @@ def _reviews(files: Files, name: str, form: tuple[str, str, str, str]) -> Iterat
             )
 
 
-def _chunks(file: BinaryIO) -> Generator[bytes]:
+def _chunks(file: io.BufferedIOBase) -> Generator[bytes]:
     """Whole lines, about CHUNK_BYTES at a time; the next is unpacked while one is parsed."""
     rest = b""
     with ThreadPoolExecutor(1) as reader:
@@ -124,32 +124,37 @@ def _diagnosed(
 ) -> InputError:
     """Goes through the lines one by one, slowly, for the first that is malformed."""
     user, item, time, rating = form
-    for number, line in enumerate(chunk.splitlines(), first_line):
+    expected = {user: "an id", item: "an id", time: "a whole number", rating: "a number"}
+    types = {user: (str, int), item: (str, int), time: int, rating: (int, float)}
+    for number, line in enumerate(chunk.split(b"\n"), first_line):
+        if not line.strip():
+            continue
         try:
             review = _object(line, where, number)
         except InputError as error:
             return error
-        for field, types in ((user, str), (item, str), (time, int), (rating, (int, float))):
+        for field, kind in types.items():
             value = review.get(field)
-            if not isinstance(value, types) or isinstance(value, bool):
-                kind = "a string" if types is str else "a number"
+            if not isinstance(value, kind) or isinstance(value, bool) or value != value:
                 got = repr(value) if field in review else "none"
-                return InputError(f"{where}:{number}: {field}: expected {kind}, got {got}")
+                return InputError(
+                    f"{where}:{number}: {field}: expected {expected[field]}, got {got}"
+                )
     return InputError(f"{where}: from line {first_line}: {otherwise.splitlines()[0]}")
 
 
 def _metadata(files: Files, name: str, items: set[str]) -> Iterator[tuple[Any, ...]]:
-    where, number = files.where(name), 0
+    where, first_line = files.where(name), 1
     with files.open(name) as file, closing(_chunks(file)) as chunks:
         for chunk in chunks:
-            for line in chunk.splitlines():
-                number += 1
+            for number, line in enumerate(chunk.split(b"\n"), first_line):
                 if _names_none_of(line, items) or not line.strip():
                     continue
                 entry = _object(line, where, number)
                 item = entry.get("parent_asin") or entry.get("asin")
                 if item in items:
                     yield item, _title(entry), _category(entry), _brand(entry)
+            first_line += chunk.count(b"\n")
 
 
 def _names_none_of(line: bytes, items: set[str]) -> bool:

@@ -13,7 +13,9 @@ from dpo4rec_jax.config import InputError
 # Stands in for separators of several characters, which polars does not split at.
 UNIT_SEPARATOR = "\x1f"
 
-Schema = Mapping[str, type[pl.DataType]]
+# Field names in their order, each str, int or float.
+Schema = Mapping[str, type]
+POLARS = {str: pl.String, int: pl.Int64, float: pl.Float64}
 
 
 def read_delimited(
@@ -49,7 +51,7 @@ def read_delimited(
         table = pl.read_csv(
             io.BytesIO(text),
             has_header=False,
-            schema=dict(schema),
+            schema={name: POLARS[kind] for name, kind in schema.items()},
             columns=[list(schema).index(name) for name in columns],
             separator=split,
             quote_char=None,
@@ -57,7 +59,7 @@ def read_delimited(
     except pl.exceptions.PolarsError as error:
         fault = str(error).splitlines()[0]
         raise _diagnosed(lines, where, schema, separator, first_line, fault) from None
-    numbers = table.select(name for name in columns if schema[name] != pl.String)
+    numbers = table.select(name for name in columns if schema[name] is not str)
     finite = numbers.select(pl.all().cast(pl.Float64).is_finite().fill_null(False).all())
     if not all(finite.row(0) if numbers.width else ()):
         raise _diagnosed(lines, where, schema, separator, first_line, "a field is not a number")
@@ -85,15 +87,15 @@ def _fault(line: str, schema: Schema, separator: str) -> str | None:
             f"expected {len(schema)} fields ({', '.join(schema)}) separated by {separator!r}, got "
             f"{len(fields)}: {line[:60]!r}"
         )
-    for (name, dtype), field in zip(schema.items(), fields, strict=True):
-        if dtype != pl.String and not _is_number(field, whole=dtype.is_integer()):
-            kind = "whole number" if dtype.is_integer() else "finite number"
-            return f"{name}: expected a {kind}, got {field!r}"
+    for (name, kind), field in zip(schema.items(), fields, strict=True):
+        if kind is not str and not _is_number(field, kind):
+            expected = "whole" if kind is int else "finite"
+            return f"{name}: expected a {expected} number, got {field!r}"
     return None
 
 
-def _is_number(field: str, *, whole: bool) -> bool:
+def _is_number(field: str, kind: type) -> bool:
     try:
-        return math.isfinite(int(field) if whole else float(field))
+        return math.isfinite(kind(field))
     except ValueError:
         return False

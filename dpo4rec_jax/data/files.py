@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO
+from typing import cast
 
 from dpo4rec_jax.config import InputError
 
@@ -44,12 +45,12 @@ class Files:
             return file.read()
 
     @contextmanager
-    def open(self, name: str) -> Iterator[BinaryIO]:
+    def open(self, name: str) -> Iterator[io.BufferedIOBase]:
         """A readable binary stream. What goes wrong while it is read raises InputError."""
         where = self.where(name)
         try:
             with self._opened(name) as raw:
-                yield gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw  # type: ignore
+                yield gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
         except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
             raise InputError(f"{where}: truncated or damaged: {error}; get it again") from None
         except OSError as error:
@@ -73,10 +74,10 @@ class Files:
             raise InputError(f"{self.path}: not a readable zip: {error}; get it again") from None
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[BinaryIO | IO[bytes]]:
+    def _opened(self, name: str) -> Iterator[io.BufferedIOBase]:
         if self._zipped():
             with zipfile.ZipFile(self.path) as archive, archive.open(name) as file:
-                yield file
+                yield cast(io.BufferedIOBase, file)
         else:
             path = self.path / name if self.path.is_dir() else self.path
             with path.open("rb") as file:

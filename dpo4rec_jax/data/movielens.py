@@ -14,7 +14,6 @@ from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.delimited import read_delimited
 from dpo4rec_jax.data.files import Files
 from dpo4rec_jax.data.ratings import (
-    INTERACTIONS,
     RawData,
     Select,
     natural_title,
@@ -23,7 +22,7 @@ from dpo4rec_jax.data.ratings import (
     out_of_bounds,
 )
 
-RATINGS = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "time": pl.Int64}
+RATINGS = {"user": str, "item": str, "rating": float, "time": int}
 
 GENRES_100K = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary",
@@ -75,7 +74,7 @@ def _ratings(files: Files, ending: str, separator: str) -> pl.DataFrame:
     if row is not None:
         rating = table["rating"][row]
         raise InputError(f"{where}:{row + 1}: rating: expected 0.5 to 5 stars, got {rating:g}")
-    return table.select(*INTERACTIONS)
+    return table.select("user", "item", "time", pl.col("rating").cast(pl.Float32))
 
 
 def _table(
@@ -86,14 +85,14 @@ def _table(
 
 
 def _movies_1m(data: bytes, where: str) -> pl.DataFrame:
-    schema = {"item": pl.String, "title": pl.String, "genre": pl.String}
+    schema = {"item": str, "title": str, "genre": str}
     table = read_delimited(data, where, schema, separator="::", encoding="latin-1")
     return table.with_columns(natural_title(pl.col("title")), pl.col("genre").str.split("|"))
 
 
 def _movies_100k(data: bytes, where: str) -> pl.DataFrame:
     described = ("item", "title", "released", "released on video", "address")
-    schema = {**dict.fromkeys(described, pl.String), **dict.fromkeys(GENRES_100K, pl.Int64)}
+    schema = {**dict.fromkeys(described, str), **dict.fromkeys(GENRES_100K, int)}
     table = read_delimited(data, where, schema, separator="|", encoding="latin-1")
     flagged = [
         pl.when(pl.col(genre) == 1).then(pl.lit(genre))
@@ -107,13 +106,13 @@ def _movies_100k(data: bytes, where: str) -> pl.DataFrame:
 
 def _users_1m(data: bytes, where: str) -> pl.DataFrame:
     names = ("user", "gender", "age", "occupation", "zip")
-    table = read_delimited(data, where, dict.fromkeys(names, pl.String), separator="::")
+    table = read_delimited(data, where, dict.fromkeys(names, str), separator="::")
     return table.select("user", **profile_1m("gender", "age", "occupation"))
 
 
 def _users_100k(data: bytes, where: str) -> pl.DataFrame:
     names = ("user", "age", "gender", "occupation", "zip")
-    table = read_delimited(data, where, dict.fromkeys(names, pl.String), separator="|")
+    table = read_delimited(data, where, dict.fromkeys(names, str), separator="|")
     return table.select("user", **profile_100k("gender", "age", "occupation"))
 
 

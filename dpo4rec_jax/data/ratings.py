@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import polars as pl
 
-INTERACTIONS = {"user": pl.String, "item": pl.String, "time": pl.Int64, "rating": pl.Float32}
-
 # Given all interactions in file order, the rows to keep. Readers call it before they read item
 # metadata, so that they can pass over the items nobody needs.
 Select = Callable[[pl.DataFrame], pl.DataFrame]
@@ -18,7 +16,8 @@ Select = Callable[[pl.DataFrame], pl.DataFrame]
 class RawData:
     """A data set as three tables keyed by raw ids.
 
-    `interactions`: user, item, time, rating (null: none), in file order.
+    `interactions`: user and item (str), time (int64, seconds or whatever the files count in),
+    rating (float32, null: none), in file order.
     `items`: item, title (null: unknown), and one column of list[str] for each attribute.
     `users`: user, and one column of str for each attribute of the user's profile.
     Items and users without a row, and rows nobody interacted with, are both allowed.

@@ -6,7 +6,7 @@ told by common names or `data.columns`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import polars as pl
 
@@ -50,7 +50,7 @@ def _interactions(files: Files, name: str, columns: ColumnsConfig) -> pl.DataFra
     item = require("item", columns, list(header), where)
     floats = [column for column, type in header.items() if type == "float"]
     time, rating = (pick(role, columns, floats, where) for role in ("time", "rating"))
-    numbers = dict.fromkeys(filter(None, (time, rating)), pl.Float64)
+    numbers = [column for column in (time, rating) if column]
     table = _read(data, where, header, [user, item, *numbers], numbers)
     row = table.select((pl.col(user).is_null() | pl.col(item).is_null()).arg_true().first()).item()
     if row is not None:
@@ -70,7 +70,7 @@ def _items(files: Files, name: str, columns: ColumnsConfig) -> pl.DataFrame:
     title, year = pick("title", columns, names, where), pick("year", columns, names, where)
     attributes = pick_attributes(columns, names, where)
     wanted = list(dict.fromkeys(filter(None, (item, title, year, *attributes.values()))))
-    table = _read(data, where, header, wanted, {})
+    table = _read(data, where, header, wanted)
     called = pl.col(title or item)
     if year:
         dated = called.str.contains(r"\(\d{4}\)") | pl.col(year).is_null()
@@ -91,7 +91,7 @@ def _users(files: Files, name: str, columns: ColumnsConfig) -> pl.DataFrame:
     where = files.where(name)
     user = require("user", columns, list(header), where)
     present = [column for column in PROFILE if column in header]
-    table = _read(data, where, header, [user, *present], {})
+    table = _read(data, where, header, [user, *present])
     if present != list(PROFILE):
         return table.select(_user_ids(user).alias("user"), *present)
     coded = table["occupation"].str.contains(r"^\d+$").all()
@@ -132,7 +132,7 @@ def _read(
     where: str,
     header: dict[str, str],
     columns: list[str],
-    numbers: Mapping[str, type[pl.DataType]],
+    numbers: Sequence[str] = (),
 ) -> pl.DataFrame:
-    schema = {column: numbers.get(column, pl.String) for column in header}
+    schema = {column: float if column in numbers else str for column in header}
     return read_delimited(data, where, schema, separator="\t", columns=columns, first_line=2)

@@ -7,8 +7,13 @@ from dpo4rec_jax.workspace import Stage
 
 
 def run(stage: Stage) -> None:
+    """Raises InputError for whatever the data or section `data` make impossible."""
     config = stage.config
     prepared = build(config.data, config.seed, config.runtime.cache_dir)
     prepared.save(stage.directory)
-    numbers = {k: float(v) for k, v in prepared.counts.items() if isinstance(v, int)}
-    stage.log.write(0, numbers)
+    counts = prepared.counts
+    stage.progress.say(
+        f"  {counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} "
+        f"interactions; {counts['lists']:,} lists, of which {counts['lists_without_positives']:,} "
+        "hold no positive"
+    )
