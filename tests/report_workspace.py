@@ -32,6 +32,8 @@ def make_stage(path: Path, *, rounds: int = 1, users: int = 120, gains=None, **o
     random = np.random.default_rng(0)
     _write_metrics(workspace, gains, users, random)
     write_json(workspace.stage_dir("prepare") / "counts.json", COUNTS)
+    ids = np.array([f"u{user}" for user in range(TRAIN_USERS)])
+    write_npz(workspace.stage_dir("prepare") / "sequences.npz", {"user_id": ids})
     for round in range(rounds + 1):
         write_records(workspace.stage_dir("reason", round) / "users.jsonl", _texts(round))
     for round in range(rounds):
@@ -49,6 +51,8 @@ def make_stage(path: Path, *, rounds: int = 1, users: int = 120, gains=None, **o
             },
         )
         _write_curves(path, round, random)
+        rewards = _rewards(round, random)
+        write_npz(workspace.stage_dir("evaluate", round + 1) / "rewards.npz", rewards)
     for directory in ["prepare", *(f"round{r}/{s}" for r in range(rounds + 1) for s in STAGES)]:
         write_json(path / directory / "manifest.json", {"seconds": round_seconds(directory)})
     directory = workspace.stage_dir("report")
@@ -126,6 +130,7 @@ def _pair(round: int, user: int, random) -> dict:
     chosen, rejected = random.integers(18, 40, 2)
     text = f"Prefers 90s action with Arnold Schwarzenegger over anything slow. User {user}. "
     return {
+        "user": f"u{user}",
         "prompt": [
             {"role": "user", "content": f"History:\nTotal Recall (1990), 5 stars\n{AWKWARD}"}
         ],
@@ -136,6 +141,22 @@ def _pair(round: int, user: int, random) -> dict:
         "prompt_tokens": [1, 2, 3],
         "chosen_tokens": list(range(int(chosen))),
         "rejected_tokens": list(range(int(rejected))),
+    }
+
+
+def _rewards(round: int, random) -> dict[str, np.ndarray]:
+    """After lies 0.06 above before; the last user has no text after."""
+    before_UC = random.normal(0.5 + 0.04 * round, 0.1, (TRAIN_USERS, SAMPLES))
+    after_UC = before_UC + 0.06 + random.normal(0, 0.05, before_UC.shape)
+    mask_UC = np.ones(before_UC.shape, bool)
+    mask_after_UC = mask_UC.copy()
+    mask_after_UC[-1] = False
+    return {
+        "user_U": np.arange(TRAIN_USERS, dtype=np.int32),
+        "reward_before_UC": before_UC,
+        "reward_after_UC": after_UC,
+        "mask_before_UC": mask_UC,
+        "mask_after_UC": mask_after_UC,
     }
 
 

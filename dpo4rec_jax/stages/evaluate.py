@@ -17,7 +17,7 @@ from dpo4rec_jax.models.lists import Lists, map_lists
 from dpo4rec_jax.models.reranker import RerankerConfig
 from dpo4rec_jax.objectives import average_precision, ndcg
 from dpo4rec_jax.stages.arms import arms_of, judge_name, knowledge_of, lists_in, lists_of
-from dpo4rec_jax.stages.judging import Rewards, judge
+from dpo4rec_jax.stages.judging import judge
 from dpo4rec_jax.weights.reranker import load_members
 from dpo4rec_jax.workspace import Stage, write_json, write_npz
 
@@ -28,7 +28,10 @@ FROM_ALIGN = ("reward_accuracy", "margin", "kl")
 
 def run(stage: Stage) -> None:
     """Leaves metrics.npz: `{arm}/{metric}` [seeds, test lists] and `user_L`, and from round 1 on
-    alignment.json. `*_std` values are NaN for lists without positives, which they leave out."""
+    alignment.json and rewards.npz, the training users' rewards before and after that alignment.
+
+    `*_std` values are NaN for lists without positives, which they leave out.
+    """
     assert stage.round is not None
     config, workspace = stage.config, stage.workspace
     prepared = Prepared.load(workspace.stage_dir("prepare"), prompts=False)
@@ -78,7 +81,9 @@ def _alignment(stage: Stage, prepared: Prepared) -> dict[str, Any]:
     before = knowledge_of(arm, prepared)
     after = Knowledge.load(workspace.stage_dir("encode", stage.round) / "vectors.npz")
     assert before is not None
+    by_likelihood = config.prefer.reward == "likelihood"
     found: dict[str, Any] = {"round": stage.round}
+    arrays: dict[str, np.ndarray] = {}
     for name, knowledge in (("before", before), ("after", after)):
         # The judges know the items by the vectors that they were trained on.
         seen = Knowledge(
@@ -91,15 +96,19 @@ def _alignment(stage: Stage, prepared: Prepared) -> dict[str, Any]:
         lists = lists_of(prepared, seen, config.rank, config.seed)
         for split, suffix in ((TRAIN, ""), (VALIDATION, "_validation")):
             rewards = judge(members, lists, lists_in(prepared, split), fold_U, config.prefer.k)
-            found[f"reward_mean{suffix}_{name}"] = _mean(rewards, config.prefer.reward)
+            reward_UC = rewards.logp_UC if by_likelihood else rewards.ndcg_UC
+            found[f"reward_mean{suffix}_{name}"] = _mean(reward_UC, rewards.mask_UC)
+            if split == TRAIN:
+                arrays |= {"user_U": rewards.user_U, f"reward_{name}_UC": reward_UC}
+                arrays |= {f"mask_{name}_UC": rewards.mask_UC}
+    write_npz(stage.directory / "rewards.npz", arrays)
     return found | _from_align(stage, last)
 
 
-def _mean(rewards: Rewards, kind: str) -> float:
+def _mean(reward_UC: np.ndarray, mask_UC: np.ndarray) -> float:
     """Mean over users of the mean over their texts."""
-    reward_UC = rewards.logp_UC if kind == "likelihood" else rewards.ndcg_UC
-    count_U = rewards.mask_UC.sum(1)
-    mean_U = (reward_UC * rewards.mask_UC).sum(1)[count_U > 0] / count_U[count_U > 0]
+    count_U = mask_UC.sum(1)
+    mean_U = (reward_UC * mask_UC).sum(1)[count_U > 0] / count_U[count_U > 0]
     return float(mean_U.mean())
 
 

@@ -28,7 +28,8 @@ def build(stage: Stage, evidence: report_evidence.Evidence) -> dict[str, Any]:
     config, workspace = stage.config, stage.workspace
     evaluated = [workspace.stage_dir("evaluate", round) for round in range(config.rounds + 1)]
     scores = load_scores([directory / "metrics.npz" for directory in evaluated])
-    resampled = Resampled(scores, resamples=config.evaluate.resamples, seed=config.seed)
+    resampling = {"resamples": config.evaluate.resamples, "seed": config.seed}
+    resampled = Resampled(scores, **resampling)
     return {
         "dataset": config.data.name,
         "backbone": config.rank.backbone,
@@ -39,7 +40,8 @@ def build(stage: Stage, evidence: report_evidence.Evidence) -> dict[str, Any]:
         ],
         "comparisons": resampled.comparisons(compared(list(scores.value_SL))),
         "alignment": [
-            _read_json(directory / "alignment.json", "evaluate") for directory in evaluated[1:]
+            _read_json(directory / "alignment.json", "evaluate") | change.test(**resampling)
+            for directory, change in zip(evaluated[1:], evidence.rewards, strict=True)
         ],
         "data": _read_json(workspace.stage_dir("prepare") / "counts.json", "prepare")
         | {

@@ -17,6 +17,7 @@ from dpo4rec_jax import __version__
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.texts import TextRecord, read_records
 from dpo4rec_jax.stages.plan import Step
+from dpo4rec_jax.stages.report_rewards import RewardChange, load_reward_change
 from dpo4rec_jax.workspace import Workspace
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
@@ -28,6 +29,7 @@ CurvesByRound = dict[int, dict[str, tuple[list[int], list[float]]]]  # steps and
 class PairExample:
     """A pair of texts of one user; `rank` 1 has the widest gap in score."""
 
+    user: str
     prompt: str
     chosen: str
     rejected: str
@@ -54,8 +56,8 @@ class BeforeAfter:
     round: int
     before: str
     after: str
-    reward_before: float | None = None
-    reward_after: float | None = None
+    reward_before: float
+    reward_after: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class TextCounts:
 @dataclass(frozen=True)
 class Evidence:
     pairs: list[Pairs]
+    rewards: list[RewardChange]
     before_after: list[BeforeAfter]
     texts: list[TextCounts]
     curves: CurvesByRound = field(repr=False)
@@ -80,19 +83,25 @@ class Evidence:
 
 def gather(workspace: Workspace, rounds: int) -> Evidence:
     """Reads the rounds' artifacts. Raises InputError for a damaged one."""
+    user_id = _user_ids(workspace.stage_dir("prepare") / "sequences.npz")
     records = {
         round: read_records(workspace.stage_dir("reason", round) / "users.jsonl")
         for round in range(rounds + 1)
     }
+    rewards = [
+        load_reward_change(workspace.stage_dir("evaluate", round) / "rewards.npz", user_id)
+        for round in range(1, rounds + 1)
+    ]
     return Evidence(
         pairs=[
             read_pairs(workspace.stage_dir("prefer", round) / "pairs.jsonl", round)
             for round in range(rounds)
         ],
+        rewards=rewards,
         before_after=[
             example
-            for round in range(1, rounds + 1)
-            for example in before_after(workspace, round, records)
+            for round, change in enumerate(rewards, start=1)
+            for example in before_after(round, change, records[round - 1], records[round])
         ],
         texts=[count_texts(round, found) for round, found in records.items()],
         curves=read_curves(workspace.path / "metrics.jsonl"),
@@ -119,6 +128,7 @@ def _length(line: dict[str, Any], side: str) -> int:
 
 def _pair_example(line: dict[str, Any], rank: int) -> PairExample:
     return PairExample(
+        user=line["user"],
         prompt="\n\n".join(message["content"] for message in line["prompt"]),
         chosen=line["chosen"][-1]["content"],
         rejected=line["rejected"][-1]["content"],
@@ -129,18 +139,18 @@ def _pair_example(line: dict[str, Any], rank: int) -> PairExample:
 
 
 def before_after(
-    workspace: Workspace, round: int, records: dict[int, list[TextRecord]]
+    round: int, change: RewardChange, earlier: list[TextRecord], later: list[TextRecord]
 ) -> list[BeforeAfter]:
-    """Users evenly spaced among those with texts in both rounds; none is picked by its texts."""
-    first = [
-        {record.id: record for record in records[r] if record.sample == 0}
-        for r in (round - 1, round)
-    ]
-    both = [id for id in first[0] if id in first[1]]
-    places = np.unique(np.linspace(0, len(both) - 1, NUM_EXAMPLES + 2)[1:-1].astype(int))
+    """Training users evenly spaced among those with both; none is picked by his texts."""
+    text_before, text_after = (
+        {record.id: record.text for record in records if record.sample == 0}
+        for records in (earlier, later)
+    )
+    ids = [id for id in change.ids_with_both() if id in text_before and id in text_after]
+    places = np.unique(np.linspace(0, len(ids) - 1, NUM_EXAMPLES + 2)[1:-1].astype(int))
     return [
-        BeforeAfter(both[place], round, first[0][both[place]].text, first[1][both[place]].text)
-        for place in (places if both else [])
+        BeforeAfter(id, round, text_before[id], text_after[id], *change.of_first_text(id))
+        for id in (ids[place] for place in (places if ids else []))
     ]
 
 
@@ -189,6 +199,14 @@ def versions() -> dict[str, str]:
     found |= {name: metadata.version(name) for name in PACKAGES}
     device = jax.devices()[0]
     return found | {"devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})"}
+
+
+def _user_ids(path: Path) -> list[str]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["user_id"].tolist()
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); run stage prepare again") from None
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

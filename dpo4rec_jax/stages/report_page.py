@@ -52,8 +52,9 @@ def render_html(document: Mapping[str, Any], evidence: Evidence, config: Config)
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    filters = {"gain": gain, "p": p_value, "number": number, "label": plots.label, "metric": metric}
-    environment.filters.update(filters)
+    environment.filters.update(
+        gain=gain, interval=interval, p=p_value, number=number, label=plots.label, metric=metric
+    )
     return environment.get_template("report.html.j2").render(
         report=document,
         evidence=evidence,
@@ -151,11 +152,11 @@ def lede(document: Mapping[str, Any]) -> str:
 
 
 def _reward_sentence(entry: Mapping[str, Any]) -> str:
-    before, after = entry["reward_mean_before"], entry["reward_mean_after"]
-    change = f" ({gain(after / before - 1.0, digits=1)})" if before else ""
+    before, after = number(entry["reward_mean_before"]), number(entry["reward_mean_after"])
+    size = gain(entry["reward_relative_gain"], digits=1)
     return (
-        f"Alignment {entry['round']} moved the mean reward of fresh texts from "
-        f"{number(before)} to {number(after)}{change}."
+        f"Alignment {entry['round']} moved the mean reward of fresh texts from {before} to {after}"
+        f" ({size}, 95{SPACE}% interval {interval(entry['reward_ci95'])})."
     )
 
 

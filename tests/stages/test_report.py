@@ -87,6 +87,15 @@ def test_planted_effects_are_found_and_absent_ones_are_not(document) -> None:
     assert comparison(document, "dpo4rec-1", "kar-external")["verdict"] == LOWER
 
 
+def test_the_change_of_the_reward_is_tested_over_users(two_rounds, document) -> None:
+    with np.load(two_rounds / "round1" / "evaluate" / "rewards.npz") as file:
+        before_U, after_U = (file[f"reward_{side}_UC"][:-1].mean(1) for side in ("before", "after"))
+    entry = document["alignment"][0]
+    assert entry["reward_relative_gain"] == pytest.approx(after_U.mean() / before_U.mean() - 1)
+    assert 0.08 < entry["reward_ci95"][0] < entry["reward_relative_gain"] < entry["reward_ci95"][1]
+    assert entry["reward_p_value"] == pytest.approx(1 / 2001)  # none of 2,000 draws reached it
+
+
 def test_every_alignment_is_held_against_kar_the_round_before_and_the_backbone() -> None:
     assert compared(["backbone", "kar", "dpo4rec-1", "dpo4rec-2"]) == [
         ("dpo4rec-1", "kar"),
