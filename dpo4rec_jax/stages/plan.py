@@ -65,10 +65,12 @@ def plan(config: Config) -> list[Step]:
         policy = (Step("warmup", None, (prepare,)),)
         steps += policy
     before: dict[str, Step] = {}
+    items: tuple[Step, ...] = ()  # texts and vectors of items are those of round 0
     for round in range(config.rounds + 1):
         earlier = (before["reason"],) if round else ()
         reason = Step("reason", round, (prepare, *policy, *earlier))
-        encode = Step("encode", round, (prepare, reason, *policy))
+        encode = Step("encode", round, (prepare, reason, *policy, *items))
+        items = items or (reason, encode)
         best = (before["prefer"],) if round else ()
         rank = Step("rank", round, (prepare, reason, encode, *best))
         judge = (before["rank"], before["prefer"], before["encode"]) if round else ()
