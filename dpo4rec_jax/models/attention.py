@@ -9,14 +9,19 @@ softmax by their log-sum-exp, so blocks may differ in layout and no mask spans w
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-Implementation = Literal["xla", "cudnn", "splash"]
+from dpo4rec_jax.models import flash
+from dpo4rec_jax.models.flash import Implementation, choose
+
+__all__ = ["Causal", "Shared", "Block", "Implementation", "attend", "choose", "merge", "visible"]
+
 MASKED = -1e30  # finite, so a row that sees nothing stays finite
 
 
@@ -115,7 +120,17 @@ class Causal:
         cache_layer: Any = None,
         window: int | None = None,
     ) -> tuple[Float[Array, "B T H d"], Any]:
-        out_BTHd = causal(query_BTHd, key_BTKd, value_BTKd, position_BT, window)
+        if self.implementation == "splash":
+            T = query_BTHd.shape[1]
+            index_T = np.arange(T)
+            behind_TT = index_T[:, None] - index_T
+            mask_TT = (behind_TT >= 0) & (behind_TT < (window or T))
+            segment_BT = jnp.zeros(position_BT.shape, jnp.int32)
+            out_BTHd = flash.splash(query_BTHd, key_BTKd, value_BTKd, mask_TT, segment_BT)
+        elif self.implementation == "cudnn":
+            out_BTHd = flash.cudnn_causal(query_BTHd, key_BTKd, value_BTKd, window)
+        else:
+            out_BTHd = causal(query_BTHd, key_BTKd, value_BTKd, position_BT, window)
         kept = {"key": key_BTKd, "value": value_BTKd} if self.keep_kv else None
         return out_BTHd, kept
 
@@ -154,31 +169,74 @@ class Shared:
         cache_layer: Any = None,
         window: int | None = None,
     ) -> tuple[Float[Array, "B T H d"], None]:
-        Tp, C, Tc = self.prompt_tokens, self.completions, self.completion_tokens
-        assert query_BTHd.shape[1] == Tp + C * Tc, (query_BTHd.shape, Tp, C, Tc)
-        prompt = causal(
-            query_BTHd[:, :Tp], key_BTKd[:, :Tp], value_BTKd[:, :Tp], position_BT[:, :Tp], window
-        )
-        query, key, value = query_BTHd[:, Tp:], key_BTKd[:, Tp:], value_BTKd[:, Tp:]
+        Tp = self.prompt_tokens
+        width = Tp + self.completions * self.completion_tokens
+        assert query_BTHd.shape[1] == width, (query_BTHd.shape, width)
+        window = None if window is None or window >= width else window
+        if self.implementation == "splash" and window is None:
+            return self._splash(query_BTHd, key_BTKd, value_BTKd), None
+        prompt = (query_BTHd[:, :Tp], key_BTKd[:, :Tp], value_BTKd[:, :Tp])
+        if self.implementation == "cudnn":
+            on_prompt = flash.cudnn_causal(*prompt, window)
+            completions = self._cudnn(query_BTHd, key_BTKd, value_BTKd, position_BT, window)
+        else:
+            on_prompt = causal(*prompt, position_BT[:, :Tp], window)
+            completions = self._blocks(query_BTHd, key_BTKd, value_BTKd, position_BT, window)
+        return jnp.concatenate([on_prompt, completions], axis=1), None
+
+    def _prompt_mask_BTS(self, position_BT: Array, window: int | None) -> Array:
+        """What the completions' tokens see of the prompt: its valid part, in the window."""
+        Tp = self.prompt_tokens
         valid_BS = jnp.arange(Tp)[None] < self.prompt_length_B[:, None]
-        mask_BTS = valid_BS[:, None, :]
-        if window is not None:
-            mask_BTS = mask_BTS & visible(position_BT[:, Tp:], position_BT[:, :Tp], window)
-        on_prompt = attend(query, key_BTKd[:, :Tp], value_BTKd[:, :Tp], mask_BTS)
+        mask_BTS = jnp.broadcast_to(valid_BS[:, None], (*position_BT[:, Tp:].shape, Tp))
+        if window is None:
+            return mask_BTS
+        return mask_BTS & visible(position_BT[:, Tp:], position_BT[:, :Tp], window)
 
-        def by_completion(x_BT: Array) -> Array:
-            return x_BT.reshape(-1, Tc, *x_BT.shape[2:])
+    def _by_completion(self, x_BT: Array) -> Array:
+        """The completions' part of the packed row as rows of their own, B x C of them."""
+        completions = x_BT[:, self.prompt_tokens :]
+        return completions.reshape(-1, self.completion_tokens, *x_BT.shape[2:])
 
-        own_position = by_completion(position_BT[:, Tp:])
-        on_self = attend(
-            by_completion(query),
-            by_completion(key),
-            by_completion(value),
-            visible(own_position, own_position, window),
+    def _blocks(
+        self, query: Array, key: Array, value: Array, position_BT: Array, window: int | None
+    ) -> Array:
+        Tp = self.prompt_tokens
+        mask_BTS = self._prompt_mask_BTS(position_BT, window)
+        on_prompt = attend(query[:, Tp:], key[:, :Tp], value[:, :Tp], mask_BTS)
+        own_query, own_key, own_value, own_position = map(
+            self._by_completion, (query, key, value, position_BT)
         )
-        on_self = Block(*(x.reshape(query.shape[0], C * Tc, *x.shape[2:]) for x in on_self))
-        completion = merge(on_prompt, on_self).astype(query_BTHd.dtype)
-        return jnp.concatenate([prompt, completion], axis=1), None
+        own_mask = visible(own_position, own_position, window)
+        on_self = attend(own_query, own_key, own_value, own_mask)
+        packed = (on_prompt.maximum_BTH.shape[0], -1)
+        on_self = Block(*(x.reshape(*packed, *x.shape[2:]) for x in on_self))
+        return merge(on_prompt, on_self).astype(query.dtype)
+
+    def _cudnn(
+        self, query: Array, key: Array, value: Array, position_BT: Array, window: int | None
+    ) -> Array:
+        """Each completion a row whose keys are [prompt | its own], under an explicit mask."""
+        Tp, C, Tc = self.prompt_tokens, self.completions, self.completion_tokens
+        mask_BTS = self._prompt_mask_BTS(position_BT, window).reshape(-1, Tc, Tp)
+        own_position = self._by_completion(position_BT)
+        mask_BTS = jnp.concatenate([mask_BTS, visible(own_position, own_position, window)], axis=2)
+        keys, values = (
+            jnp.concatenate([jnp.repeat(x[:, :Tp], C, axis=0), self._by_completion(x)], axis=1)
+            for x in (key, value)
+        )
+        out = flash.cudnn_masked(self._by_completion(query), keys, values, mask_BTS)
+        return out.reshape(query.shape[0], C * Tc, *query.shape[2:])
+
+    def _splash(self, query: Array, key: Array, value: Array) -> Array:
+        """The packed row at once; a prompt's padding is a segment that nobody else sees."""
+        Tp, C, Tc = self.prompt_tokens, self.completions, self.completion_tokens
+        part_T = np.concatenate([np.zeros(Tp, int), 1 + np.repeat(np.arange(C), Tc)])
+        causal_TT = np.tri(len(part_T), dtype=bool)
+        mask_TT = causal_TT & ((part_T == part_T[:, None]) | (part_T == 0))
+        index_T = jnp.arange(len(part_T))[None]
+        padding_BT = (index_T >= self.prompt_length_B[:, None]) & (index_T < Tp)
+        return flash.splash(query, key, value, mask_TT, padding_BT.astype(jnp.int32))
 
 
 def causal(

@@ -268,6 +268,7 @@ class Decoder(nn.Module):
         return x_BTD, tuple(caches)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(config: LlamaConfig, key: Array) -> dict[str, Any]:
     """Random parameters (normal, 0.02; norms one) in `config.param_dtype`."""
     token_11 = jnp.zeros((1, 1), jnp.int32)

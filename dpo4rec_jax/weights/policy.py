@@ -92,6 +92,7 @@ def _logits(
     return llama.unembed(config, params, hidden_BTD)
 
 
+@functools.lru_cache(maxsize=16)
 def shapes(config: llama.LlamaConfig) -> dict[str, Any]:
     """Shape and dtype of every parameter, nothing allocated."""
     return jax.eval_shape(functools.partial(llama.init, config), jax.random.key(0))

@@ -1,13 +1,15 @@
 """Checkpoint tensors onto devices, one at a time, straight into their sharding.
 
 A stacked parameter is allocated where it will live and filled layer by layer in place; each device
-gets only its own slice of each tensor. The host holds one tensor at a time.
+gets only its own slice of each tensor. The host holds one tensor at a time. Parameters too small
+for that to matter are assembled on the host, which spares the compilation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 from dpo4rec_jax.config import InputError
 
 Path = tuple[str, ...]
+HOST_BYTES = 16 * 2**20  # parameters up to this size are assembled on the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,9 @@ def stream(
         by_path.setdefault(slot.path, []).append(name)
     params: dict[str, Any] = {}
     for path, names in by_path.items():
-        leaf = _Leaf(_at(shapes, path), _at(shardings, path))
+        shape, sharding = _at(shapes, path), _at(shardings, path)
+        small = math.prod(shape.shape) * shape.dtype.itemsize <= HOST_BYTES
+        leaf = (_HostLeaf if small else _DeviceLeaf)(shape, sharding)
         for name in names:
             if not leaf.put(tensors[name].read(), slots[name]):
                 raise InputError(
@@ -100,7 +105,25 @@ def _at(tree: Any, path: Path) -> Any:
     return tree
 
 
-class _Leaf:
+class _HostLeaf:
+    """One small parameter under construction, in numpy."""
+
+    def __init__(self, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
+        self.value, self.sharding = np.empty(shape.shape, shape.dtype), sharding
+
+    def put(self, stored: np.ndarray, slot: Slot) -> bool:
+        """Writes a stored tensor into its place; False if it is not finite."""
+        place = self.value if slot.layer is None else self.value[slot.layer]
+        place[...] = stored.T if slot.transpose else stored
+        return bool(np.isfinite(place).all())
+
+    def array(self) -> jax.Array:
+        return jax.make_array_from_callback(
+            self.value.shape, self.sharding, lambda index: self.value[index]
+        )
+
+
+class _DeviceLeaf:
     """One parameter under construction: a buffer for each device that will hold part of it."""
 
     def __init__(self, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
@@ -143,7 +166,7 @@ def _convert(raw: jax.Array, transpose: bool, dtype: Any) -> tuple[jax.Array, ja
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _place(
-    stack: jax.Array, raw: jax.Array, layer: int, transpose: bool
+    stack: jax.Array, raw: jax.Array, layer: int | jax.Array, transpose: bool
 ) -> tuple[jax.Array, jax.Array]:
     value, finite = _convert(raw, transpose, stack.dtype)
     return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0), finite
