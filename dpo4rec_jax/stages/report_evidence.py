@@ -169,7 +169,11 @@ def count_texts(round: int, records: list[TextRecord]) -> TextCounts:
 def read_curves(path: Path) -> CurvesByRound:
     """What stage align logged: steps and values of each figure, by round."""
     curves: CurvesByRound = {}
-    for line in _lines(path) if path.exists() else ():
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # a killed run may have cut its last line
         if line.get("stage") != "align" or line.get("round") is None:
             continue
         named = curves.setdefault(line["round"], {})

