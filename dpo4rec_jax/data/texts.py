@@ -54,7 +54,12 @@ def record_line(record: TextRecord) -> dict[str, Any]:
 
 def read_records(path: Path) -> list[TextRecord]:
     """Reads what `write_records` wrote, in file order."""
-    return [record for _, record in _parsed(path, _record)]
+    return list(iterate_records(path))
+
+
+def iterate_records(path: Path) -> Iterator[TextRecord]:
+    """The same one at a time: the ids of all prompts and texts together can fill the memory."""
+    return (record for _, record in _parsed(path, _record))
 
 
 def read_texts(path: str | Path, kind: Kind, known: Collection[str]) -> dict[str, list[str]]:

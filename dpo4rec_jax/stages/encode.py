@@ -18,7 +18,7 @@ from jaxtyping import Float32
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.prepared import Prepared
-from dpo4rec_jax.data.texts import read_records, read_texts
+from dpo4rec_jax.data.texts import iterate_records, read_texts
 from dpo4rec_jax.weights import Encoder, load_encoder, load_policy
 from dpo4rec_jax.workspace import Stage, write_json
 
@@ -128,10 +128,10 @@ def _encoder(stage: Stage) -> Encoder:
 
 def _texts_of(path: Path) -> TextLists:
     """Texts by raw id, in the order of their samples."""
-    texts: TextLists = {}
-    for record in sorted(read_records(path), key=lambda record: record.sample):
-        texts.setdefault(record.id, []).append(record.text.strip())
-    return texts
+    found: dict[str, list[tuple[int, str]]] = {}
+    for record in iterate_records(path):
+        found.setdefault(record.id, []).append((record.sample, record.text.strip()))
+    return {id: [text for _, text in sorted(texts)] for id, texts in found.items()}
 
 
 def _external_texts(path: str, prepared: Prepared) -> tuple[TextLists, TextLists]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -15,7 +14,7 @@ import numpy as np
 
 from dpo4rec_jax import __version__
 from dpo4rec_jax.config import InputError
-from dpo4rec_jax.data.texts import TextRecord, read_records
+from dpo4rec_jax.data.texts import iterate_records
 from dpo4rec_jax.stages.plan import Step
 from dpo4rec_jax.stages.report_rewards import RewardChange, load_reward_change
 from dpo4rec_jax.workspace import Workspace
@@ -84,10 +83,10 @@ class Evidence:
 def gather(workspace: Workspace, rounds: int) -> Evidence:
     """Reads the rounds' artifacts. Raises InputError for a damaged one."""
     user_id = _user_ids(workspace.stage_dir("prepare") / "sequences.npz")
-    records = {
-        round: read_records(workspace.stage_dir("reason", round) / "users.jsonl")
+    texts = [
+        read_round(workspace.stage_dir("reason", round) / "users.jsonl", round)
         for round in range(rounds + 1)
-    }
+    ]
     rewards = [
         load_reward_change(workspace.stage_dir("evaluate", round) / "rewards.npz", user_id)
         for round in range(1, rounds + 1)
@@ -101,9 +100,9 @@ def gather(workspace: Workspace, rounds: int) -> Evidence:
         before_after=[
             example
             for round, change in enumerate(rewards, start=1)
-            for example in before_after(round, change, records[round - 1], records[round])
+            for example in before_after(round, change, texts[round - 1][1], texts[round][1])
         ],
-        texts=[count_texts(round, found) for round, found in records.items()],
+        texts=[counts for counts, _ in texts],
         curves=read_curves(workspace.path / "metrics.jsonl"),
     )
 
@@ -139,13 +138,9 @@ def _pair_example(line: dict[str, Any], rank: int) -> PairExample:
 
 
 def before_after(
-    round: int, change: RewardChange, earlier: list[TextRecord], later: list[TextRecord]
+    round: int, change: RewardChange, text_before: dict[str, str], text_after: dict[str, str]
 ) -> list[BeforeAfter]:
     """Training users evenly spaced among those with both; none is picked by his texts."""
-    text_before, text_after = (
-        {record.id: record.text for record in records if record.sample == 0}
-        for records in (earlier, later)
-    )
     ids = [id for id in change.ids_with_both() if id in text_before and id in text_after]
     places = np.unique(np.linspace(0, len(ids) - 1, NUM_EXAMPLES + 2)[1:-1].astype(int))
     return [
@@ -154,16 +149,20 @@ def before_after(
     ]
 
 
-def count_texts(round: int, records: list[TextRecord]) -> TextCounts:
-    lengths = [len(record.completion_tokens) or len(record.text.split()) for record in records]
-    return TextCounts(
-        round=round,
-        texts=len(records),
-        users=len({record.id for record in records}),
-        distinct=len({record.text for record in records}),
-        mean_tokens=float(np.mean(lengths)) if lengths else 0.0,
-        cut=Counter(record.finish for record in records)["length"],
-    )
+def read_round(path: Path, round: int) -> tuple[TextCounts, dict[str, str]]:
+    """The counts of a round's texts, and every user's first text."""
+    first: dict[str, str] = {}
+    users, distinct, lengths, cut = set(), set(), [], 0
+    for record in iterate_records(path):
+        users.add(record.id)
+        distinct.add(record.text)
+        lengths.append(len(record.completion_tokens) or len(record.text.split()))
+        cut += record.finish == "length"
+        if record.sample == 0:
+            first[record.id] = record.text
+    mean_tokens = float(np.mean(lengths)) if lengths else 0.0
+    counts = TextCounts(round, len(lengths), len(users), len(distinct), mean_tokens, cut)
+    return counts, first
 
 
 def read_curves(path: Path) -> CurvesByRound:
