@@ -171,3 +171,6 @@ def _write_curves(path: Path, round: int, random) -> None:
             }
             line = {"time": 0.0, "stage": "align", "round": round, "step": step}
             file.write(json.dumps(line | values) + "\n")
+            if step in (0, 55):
+                held_out = {f"heldout/{name}": value for name, value in values.items()}
+                file.write(json.dumps(line | held_out) + "\n")

@@ -106,24 +106,21 @@ def quality(rows: Sequence[Mapping[str, Any]], metric: str) -> str | None:
 
 @styled
 def curves(by_round: Mapping[int, Mapping[str, Curve]], name: str, title: str) -> str | None:
-    """One training curve, a line a round of alignment."""
+    """A training curve, a line a round of alignment; held-out pairs before and after it."""
     lines = {round: named[name] for round, named in by_round.items() if name in named}
     if not lines:
         return None
     figure, axes = _figure(height=2.7)
     for place, (round, (steps, values)) in enumerate(sorted(lines.items())):
-        style = ("-", "--", ":", "-.")[place % 4]
-        marker = "o" if len(steps) < 12 else None
-        axes.plot(
-            steps,
-            values,
-            style,
-            color=OURS,
-            marker=marker,
-            markersize=4,
-            label=f"alignment {round + 1}",
-        )
-    if len(lines) > 1:
+        line = ("-", "--", ":", "-.")[place % 4]
+        marker = "." if len(steps) < 12 else ""
+        of = f"alignment {round + 1}" if len(lines) > 1 else "training"
+        axes.plot(steps, values, marker + line, color=OURS, label=of)
+        held_out = by_round[round].get(f"heldout/{name}")
+        if held_out is not None:
+            first = "held-out pairs" if place == 0 else None
+            axes.plot(*held_out, "o", color=INK, fillstyle="none", markersize=7, label=first)
+    if len(axes.get_lines()) > 1:
         axes.legend(fontsize=9.5, labelcolor=INK)
     if name == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
