@@ -7,7 +7,6 @@ parent and counts milliseconds. Metadata is JSON lines too, but for 2014's Pytho
 from __future__ import annotations
 
 import ast
-import html
 import io
 import json
 import re
@@ -191,7 +190,7 @@ def _literal(line: bytes) -> Any:
 
 def _title(entry: dict[str, Any]) -> str | None:
     title = entry.get("title")
-    return html.unescape(title).strip() or None if isinstance(title, str) else None
+    return title.strip() or None if isinstance(title, str) else None
 
 
 def _category(entry: dict[str, Any]) -> list[str]:
@@ -207,7 +206,7 @@ def _brand(entry: dict[str, Any]) -> list[str]:
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str) and value.strip():
-        yield " ".join(html.unescape(value).split())
+        yield value.strip()
     elif isinstance(value, list):
         for inner in value:
             yield from _strings(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import numpy as np
@@ -126,15 +127,16 @@ def item_rows(
 ) -> list[dict[str, Any]]:
     """`{"item", "title", "attributes": {name: [value ...]}, "text"}` of each item, by index.
 
-    An item without a title, or without any metadata, is called by its id.
+    An item without a title, or without any metadata, is called by its id. Character references
+    of web pages (`&amp;`) become characters, line ends blanks.
     """
     rows = _by_id(table, "item", item_id)
     titles = rows["title"].fill_null(rows["item"]).to_list()
     columns = [rows[name].fill_null([]).to_list() for name in names]
     items = []
     for item, title, *values in zip(item_id, titles, *columns, strict=True):
-        title = " ".join(title.split())
-        attributes = dict(zip(names, values, strict=True))
+        cleaned = (list(map(_clean, listed)) for listed in values)
+        title, attributes = _clean(title), dict(zip(names, cleaned, strict=True))
         text = item_text(domain, title, attributes)
         items.append({"item": item, "title": title, "attributes": attributes, "text": text})
     return items
@@ -185,6 +187,10 @@ def counts(indexed: Indexed, lists: Lists, split_U: Int8[np.ndarray, " U"]) -> d
         "lists_without_positives_by_split": by_split(split_L[positives_L == 0]),
         "positives": int(positives_L.sum()),
     }
+
+
+def _clean(text: str) -> str:
+    return " ".join(html.unescape(text).split())
 
 
 def _by_id(table: pl.DataFrame, key: str, ids: list[str]) -> pl.DataFrame:

@@ -47,7 +47,6 @@ QUALITY_STARS = 0.3
 EXPOSURE_BY_TASTE = 2.0
 EXPOSURE_BY_POPULARITY = 0.3
 
-WARMUP_USERS = 6000
 SENTENCES = (
     "the viewer likes {0} , {1} and {2} .",
     "{0} , {1} and {2} please this viewer .",
@@ -119,31 +118,29 @@ def truth(config: DataConfig, seed: int) -> dict[str, dict[str, str]]:
     return {f"u{u}": dict(zip(TASTES, words, strict=True)) for u, words in enumerate(words_UA)}
 
 
-def warmup_texts(config: DataConfig, seed: int) -> list[tuple[list[dict[str, str]], str]]:
-    """(messages, text) pairs to imitate, of viewers who are not in the data set."""
+def warmup_texts(
+    config: DataConfig, seed: int, *, viewers: int, samples: int
+) -> list[tuple[list[dict[str, str]], list[str]]]:
+    """Messages and `samples` texts to imitate, for each of so many viewers outside the data set."""
     world = _world(config.synthetic, seed)
     rng = np.random.default_rng([seed, WARMUP_STREAM])
-    viewers = _viewers(world, config.synthetic, WARMUP_USERS, rng)
-    length = np.array([viewers.item_UE.shape[1]])
+    drawn = _viewers(world, config.synthetic, viewers, rng)
+    length = np.array([drawn.item_UE.shape[1]])
     settings = protocol(config, "synthetic")
     seen = int(window(length, settings.window)[0])
-    item_UE, rating_UE = viewers.item_UE[:, :seen], viewers.rating_UE[:, :seen]
+    item_UE, rating_UE = drawn.item_UE[:, :seen], drawn.rating_UE[:, :seen]
     domain = customise(DOMAIN, config.prompts)
     entries = history_entries(
         domain, _titles(world)[item_UE].ravel(), rating_UE.ravel(), settings.threshold
     )
+    histories = [entries[u * seen : (u + 1) * seen] for u in range(viewers)]
+    prompts = [
+        user_prompt(domain, "", domain.profile, history, config.prompts.system)
+        for history in histories
+    ]
     return [
-        (
-            user_prompt(
-                domain,
-                "",
-                domain.profile,
-                entries[u * seen : (u + 1) * seen],
-                config.prompts.system,
-            ).messages,
-            unaligned_text(words_EA, rng),
-        )
-        for u, words_EA in enumerate(_words(world.value_IA[item_UE]))
+        (prompt.messages, [unaligned_text(words_EA, rng) for _ in range(samples)])
+        for prompt, words_EA in zip(prompts, _words(world.value_IA[item_UE]), strict=True)
     ]
 
 

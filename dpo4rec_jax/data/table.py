@@ -123,10 +123,10 @@ def _users(table: Table, columns: ColumnsConfig) -> pl.DataFrame:
 
 
 def _attribute(column: pl.Series) -> pl.Expr:
-    """Splits paths (`A > B`) and alternatives (`A|B`, `A;B`); other strings are one value."""
+    """Splits paths (`A > B`) and alternatives (`A|B`); other strings are one value."""
     if column.dtype == pl.List(pl.String):
         return known(pl.col(column.name))
-    marks = (mark for mark in (" > ", "|", ";") if column.str.contains(mark, literal=True).any())
+    marks = (mark for mark in (" > ", "|") if column.str.contains(mark, literal=True).any())
     return values(pl.col(column.name), next(marks, "\n"))
 
 
