@@ -100,7 +100,7 @@ def draw_unseen(
         item_LN[list_D, place_D] = item_D = rng.integers(num_items, size=len(list_D))
         seen_D = _contains(key_E, user_L[list_D] * np.int64(num_items) + item_D)
         todo_LN[list_D, place_D] = seen_D
-        touched_L = np.unique(list_D)
+        touched_L = list_D[np.flatnonzero(np.diff(list_D, prepend=-1))]
         repeated = _repeats(np.where(wanted_LN[touched_L], item_LN[touched_L], -1))
         todo_LN[touched_L] |= repeated & wanted_LN[touched_L]
     for row in np.unique(np.nonzero(todo_LN)[0]):
