@@ -6,11 +6,11 @@ from pathlib import Path
 
 import polars as pl
 
-from dpo4rec_jax.config import DataConfig
+from dpo4rec_jax.config import DataConfig, InputError
 from dpo4rec_jax.data import formats, sequences, synthetic
 from dpo4rec_jax.data.assembly import assemble
 from dpo4rec_jax.data.prepared import SPLITS, TEST, TRAIN, VALIDATION, Prepared
-from dpo4rec_jax.data.prompts import DOMAINS, Prompt, shorten
+from dpo4rec_jax.data.prompts import DOMAINS, Prompt, customise, shorten
 from dpo4rec_jax.data.protocol import protocol
 
 __all__ = ["SPLITS", "TEST", "TRAIN", "VALIDATION", "Prepared", "Prompt", "build", "shorten"]
@@ -22,8 +22,15 @@ def build(config: DataConfig, seed: int, cache_dir: str | Path) -> Prepared:
     Raises InputError, one line with file and line number where there is one, for whatever the
     data or the config make impossible.
     """
-    format, source = formats.locate(config, Path(cache_dir).expanduser())
+    if config.positives_per_list >= config.list_length:
+        raise InputError(
+            f"data.positives_per_list: expected less than data.list_length {config.list_length}, "
+            f"got {config.positives_per_list}"
+        )
+    format, files = formats.locate(config, Path(cache_dir).expanduser())
     settings = protocol(config, format)
+    wording = synthetic.DOMAIN if settings.domain == "synthetic" else DOMAINS[settings.domain]
+    domain = customise(wording, config.prompts)
 
     def select(interactions: pl.DataFrame) -> pl.DataFrame:
         return sequences.select(
@@ -33,6 +40,5 @@ def build(config: DataConfig, seed: int, cache_dir: str | Path) -> Prepared:
             max_users=config.max_users,
         )
 
-    raw = formats.read(format, source, config, seed, select)
-    wording = synthetic.DOMAIN if settings.domain == "synthetic" else DOMAINS[settings.domain]
-    return assemble(raw, config, settings, seed, wording)
+    raw = formats.read(format, files, config, seed, select)
+    return assemble(raw, config, settings, seed, domain)

@@ -14,7 +14,6 @@ from dpo4rec_jax.data.lists import Lists, build_lists, split_users
 from dpo4rec_jax.data.prepared import SPLITS, Prepared
 from dpo4rec_jax.data.prompts import (
     Domain,
-    customise,
     history_entries,
     item_prompt,
     item_text,
@@ -32,14 +31,9 @@ SPLIT_STREAM, LISTS_STREAM = 1, 2
 
 
 def assemble(
-    raw: RawData, config: DataConfig, settings: Protocol, seed: int, wording: Domain
+    raw: RawData, config: DataConfig, settings: Protocol, seed: int, domain: Domain
 ) -> Prepared:
     """Raises InputError where the lists asked for cannot be cut from the data."""
-    if config.positives_per_list >= config.list_length:
-        raise InputError(
-            f"data.positives_per_list: expected less than data.list_length {config.list_length}, "
-            f"got {config.positives_per_list}"
-        )
     indexed = index(raw.interactions)
     window_U = window(indexed.length_U, settings.window)
     split_U = split_users(
@@ -65,7 +59,6 @@ def assemble(
             f"{settings.threshold:g}, and the highest rating is {np.nanmax(indexed.rating_E):g}; "
             "lower it"
         )
-    domain = customise(wording, config.prompts)
     names = [name for name in raw.items.columns if name not in ("item", "title")]
     items = item_rows(raw.items, indexed.item_id, names, domain)
     attribute_IAM, attribute_sizes = attribute_ids(items, names)

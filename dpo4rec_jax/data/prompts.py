@@ -56,7 +56,7 @@ _ASK = (
 def _domain(noun: str, one: str, activity: str, factors: Sequence[str]) -> Domain:
     return Domain(
         factors=tuple(factors),
-        user=f"The {activity} history of {{profile}}, oldest first:\n{{history}}"
+        user=f"This is the {activity} history of {{profile}}. The oldest comes first.\n{{history}}"
         + _ASK.format(noun=noun),
         item=f"Introduce the {one} {{title}}{{attributes}}. Describe its {{factors}}. Be brief.",
         sentence=f"The user's {activity} history: {{history}}.",

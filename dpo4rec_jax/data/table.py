@@ -32,6 +32,12 @@ def read(files: Files, config: DataConfig, select: Select) -> RawData:
     """Raises InputError for columns that are missing, named twice or ambiguous, bad values, ..."""
     columns = config.columns
     tables = [open_table(files, name) for name in files.named(*ENDINGS)]
+    for role in ("user", "item"):
+        given = getattr(columns, role)
+        if given is not None and not any(given in table.header for table in tables):
+            raise InputError(
+                f"data.columns.{role}: no column {given!r} in any table ({_headers(tables)})"
+            )
     by_role: dict[tuple[bool, bool], list[Table]] = {}
     for table in tables:
         role = (_has(table, "user", columns), _has(table, "item", columns))
@@ -42,10 +48,9 @@ def read(files: Files, config: DataConfig, select: Select) -> RawData:
             require(role, columns, tables[0].header, tables[0].where)
     if len(interactions) != 1:
         found = ", ".join(table.name for table in interactions) or "none"
-        headers = "; ".join(f"{table.name}: {', '.join(table.header)}" for table in tables)
         raise InputError(
             f"{files.path}: expected one table with a column of users and one of items, got "
-            f"{found} ({headers}); name the columns in data.columns"
+            f"{found} ({_headers(tables)}); name the columns in data.columns"
         )
     items, users = (_only(files, by_role.get(role, [])) for role in ((False, True), (True, False)))
     return RawData(
@@ -53,6 +58,10 @@ def read(files: Files, config: DataConfig, select: Select) -> RawData:
         _items(items, columns) if items else no_items(),
         _users(users, columns) if users else no_users(),
     )
+
+
+def _headers(tables: list[Table]) -> str:
+    return "; ".join(f"{table.name}: {', '.join(table.header)}" for table in tables)
 
 
 def _has(table: Table, role: str, columns: ColumnsConfig) -> bool:

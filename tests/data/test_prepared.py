@@ -71,6 +71,13 @@ def test_more_positives_than_places_is_an_input_error() -> None:
         build(DataConfig(list_length=4, **TOY), 0, "unused")
 
 
+def test_templates_are_checked_before_any_data_is_read(tmp_path: Path) -> None:
+    (tmp_path / "ratings.dat").write_text("damaged")
+    config = DataConfig(name="mine", path=str(tmp_path), prompts={"user": "{mood}"})
+    with pytest.raises(InputError, match=r"data\.prompts\.user: unknown placeholder"):
+        build(config, 0, "unused")
+
+
 def test_a_threshold_above_every_rating_is_an_input_error() -> None:
     with pytest.raises(InputError, match=r"data\.rating_threshold: .* highest rating is 5"):
         build(DataConfig(rating_threshold=9, **TOY), 0, "unused")

@@ -57,6 +57,10 @@ def test_a_semicolon_table_with_its_own_names_opens_by_config(tmp_path: Path) ->
     write(tmp_path, log_csv="kunde;ware;wann\nx;a;2020-01-02\ny;b;1970-01-01 00:01:00\n")
     with pytest.raises(InputError, match="no column of user ids among kunde, ware, wann"):
         read(tmp_path)
+    with pytest.raises(InputError, match=r"data\.columns\.user: no column 'kund' in any table"):
+        read(tmp_path, user="kund", item="ware")
+    with pytest.raises(InputError, match=r"data\.columns\.time: no column 'wan' in .*log\.csv"):
+        read(tmp_path, user="kunde", item="ware", time="wan")
     raw = read(tmp_path, user="kunde", item="ware", time="wann")
     assert raw.interactions.rows() == [("x", "a", 1577923200, None), ("y", "b", 60, None)]
 
