@@ -26,6 +26,7 @@ from typing import Any, Generic, Literal, TypeVar
 from dpo4rec_jax.config import EndpointConfig, InputError
 
 FIRST_WAIT_S, LONGEST_WAIT_S, LONGEST_ASKED_S = 0.5, 60.0, 600.0
+LAST_WAIT_S = 30.0  # for replies in flight when another request has failed for good
 SHOWN = 160  # characters of a server's words in an error
 
 Name = TypeVar("Name", bound=Hashable)
@@ -76,36 +77,45 @@ class Endpoint:
         Raises InputError at once where the key is refused or the request is not understood, and
         after `retries` more tries where the server stays broken or out of reach.
         """
-        waiting = queue.SimpleQueue[Request[Name] | None]()
-        results = queue.SimpleQueue[Reply[Name] | Exception]()
-        count = 0
+        waiting = queue.SimpleQueue[Request[Name]]()
+        results = queue.SimpleQueue[Reply[Name] | Exception | None]()
         for request in requests:
             waiting.put(request)
-            count += 1
         self._stopping.clear()
-        threads = [
-            threading.Thread(target=self._work, args=(waiting, results), daemon=True)
-            for _ in range(min(self._config.concurrency, count))
-        ]
-        for thread in threads:
-            waiting.put(None)
-            thread.start()
+        working = min(self._config.concurrency, waiting.qsize())
+        for _ in range(working):
+            threading.Thread(target=self._work, args=(waiting, results), daemon=True).start()
+        failure, deadline = None, None
         try:
-            for _ in range(count):
-                result = results.get()
-                if isinstance(result, Exception):
-                    raise result
-                yield result
+            while working:
+                patience = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                try:
+                    result = results.get(timeout=patience)
+                except queue.Empty:
+                    break
+                if result is None:
+                    working -= 1
+                elif isinstance(result, Reply):
+                    yield result
+                elif failure is None:  # what is in flight is paid for: wait for it a little
+                    failure, deadline = result, time.monotonic() + LAST_WAIT_S
+                    self._stopping.set()
         finally:
             self._stopping.set()
+        if failure is not None:
+            raise failure
 
     def _work(self, waiting: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
-        while not self._stopping.is_set() and (request := waiting.get()) is not None:
-            try:
-                results.put(self._ask(request))
-            except Exception as error:
-                results.put(error)
-                return
+        """One thread: request after request until none is left or all stop; then None."""
+        try:
+            while not self._stopping.is_set():
+                results.put(self._ask(waiting.get_nowait()))
+        except queue.Empty:
+            pass
+        except Exception as error:
+            results.put(error)
+        finally:
+            results.put(None)
 
     def _ask(self, request: Request[Name]) -> Reply[Name]:
         for attempt in range(self._config.retries + 1):

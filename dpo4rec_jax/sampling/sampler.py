@@ -23,9 +23,7 @@ from dpo4rec_jax.sampling import steps
 from dpo4rec_jax.sampling.filters import Settings
 from dpo4rec_jax.sampling.schedule import Layout, PrefillJob, Schedule, Start, plan_layout
 
-STEPS = 16  # tokens of a row between two looks of the host, at the most
 BURST = 8  # prefill calls between two decode calls while most rows are running
-IDLE_SHARE = 16  # the host is called when one row in so many is idle and others wait
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -67,6 +65,7 @@ class Figures:
     prefill_calls: int = 0
     prefill_tokens: int = 0  # padding included
     decode_calls: int = 0
+    decode_steps: int = 0  # each is a token of every running row
     tokens: int = 0
     rows: int = 0
 
@@ -136,13 +135,13 @@ def stream(
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Yields (position in `prompts`, its completions) as prompts become complete, in any order.
 
-    Each prompt, token ids, gets `layout.lanes` completions. `prompt_ids` name the prompts to the
+    Each prompt, token ids, gets `layout.samples` completions. `prompt_ids` name the prompts to the
     random numbers (default: their positions), so a part of a job draws what the whole would.
     `limit_PN` limits single completions (default: all to `layout.new_tokens`). `figures` is kept
     up to date for whoever passed it.
     """
     limit_PN = np.broadcast_to(
-        layout.new_tokens if limit_PN is None else limit_PN, (len(prompts), layout.lanes)
+        layout.new_tokens if limit_PN is None else limit_PN, (len(prompts), layout.samples)
     )
     _check(prompts, layout, limit_PN)
     ids = range(len(prompts)) if prompt_ids is None else prompt_ids
@@ -160,12 +159,14 @@ def stream(
             figures.prefill_calls += 1
             figures.prefill_tokens += sum(job.size for job in jobs)
         starts = schedule.start_rows()
-        turn = _turn(schedule, layout)
+        turn = steps.idle_turn(schedule)
         for start in starts:
-            keys_N2 = steps.row_keys(seed, round, ids[start.prompt], layout.lanes)
+            keys_N2 = steps.row_keys(seed, round, ids[start.prompt], layout.samples)
             _begin(turn, start, prompts[start.prompt], limit_PN, np.asarray(keys_N2))
         figures.decode_calls += 1
-        for (shard, row), tokens, token_logps in device.decode(turn):
+        finished, taken = device.decode(turn)
+        figures.decode_steps += taken
+        for (shard, row), tokens, token_logps in finished:
             prompt, index, last = schedule.finish(shard, row)
             figures.tokens += len(tokens)
             figures.rows += 1
@@ -177,7 +178,7 @@ def stream(
             )
             if last:
                 samples = found.pop(prompt)
-                yield prompt, [samples[index] for index in range(layout.lanes)]
+                yield prompt, [samples[index] for index in range(layout.samples)]
 
 
 class _Device:
@@ -220,10 +221,12 @@ class _Device:
             self._sharding,
         )
 
-    def decode(self, turn: steps.Turn) -> Iterator[tuple[tuple[int, int], list[int], list[float]]]:
-        """Draws some tokens for every row; yields ((shard, row), tokens, logps) of those that
-        finished."""
-        self._suffix, self._rows = steps.decode(
+    def decode(
+        self, turn: steps.Turn
+    ) -> tuple[list[tuple[tuple[int, int], list[int], list[float]]], int]:
+        """Draws some tokens for every row: ((shard, row), tokens, logps) of those that finished,
+        and the number of steps taken."""
+        self._suffix, self._rows, taken = steps.decode(
             self._config,
             self._params,
             self._prefix,
@@ -238,36 +241,15 @@ class _Device:
         finished_XB = (self._running_XB | turn.fresh_XB) & ~active_XB
         self._running_XB = active_XB
         if not finished_XB.any():
-            return
+            return [], int(taken)
         length_XB, tokens_XBT, logps_XBT = jax.device_get(
             (self._rows.length_XB, self._rows.tokens_XBT, self._rows.logps_XBT)
         )
+        finished = []
         for shard, row in np.argwhere(finished_XB).tolist():
-            own = slice(0, int(length_XB[shard, row]))
-            yield (
-                (shard, row),
-                tokens_XBT[shard, row, own].tolist(),
-                logps_XBT[shard, row, own].tolist(),
-            )
-
-
-def _turn(schedule: Schedule, layout: Layout) -> steps.Turn:
-    """The host's word before a decode call, no row starting yet."""
-    shape, waiting = (layout.shards, layout.rows), schedule.num_waiting > 0
-    num_rows = layout.shards * layout.rows
-    return steps.Turn(
-        fresh_XB=np.zeros(shape, bool),
-        token_XB=np.zeros(shape, np.int32),
-        position_XB=np.zeros(shape, np.int32),
-        limit_XB=np.zeros(shape, np.int32),
-        key_XB2=np.zeros((*shape, 2), np.uint32),
-        # Copies: the device may still read these when the schedule writes its own.
-        row_of_lane_XL=schedule.row_of_lane_XL.copy(),
-        lane_of_row_XB=schedule.lane_of_row_XB.copy(),
-        prefix_length_XG=schedule.prefix_length_XG.copy(),
-        steps=np.int32(STEPS),
-        idle_rows=np.int32(max(num_rows // IDLE_SHARE, 1) if waiting else num_rows),
-    )
+            own = (shard, row, slice(0, int(length_XB[shard, row])))
+            finished.append(((shard, row), tokens_XBT[own].tolist(), logps_XBT[own].tolist()))
+        return finished, int(taken)
 
 
 def _begin(

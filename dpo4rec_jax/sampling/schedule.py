@@ -30,9 +30,14 @@ class Layout:
     shards: int  # parts of the data axis
     rows: int  # row slots of a shard
     prompts: int  # prefix slots of a shard
-    lanes: int  # rows a prompt can have at once: its number of samples
+    samples: int  # completions of a prompt
     prompt_tokens: int  # of a prefix slot: a prompt without its last token, rounded up
     new_tokens: int  # of a row slot
+
+    @property
+    def lanes(self) -> int:
+        """Rows that a prompt can have at once."""
+        return min(self.samples, self.rows)
 
     def bytes_of_shard(self, bytes_token: int) -> int:
         """Cache memory: prompts x prompt length + rows x new tokens."""
@@ -74,7 +79,7 @@ def plan_layout(
             shards=shards,
             rows=rows,
             prompts=max(1, min(prompts, max(needed + 1, int(needed * STRAGGLERS)))),
-            lanes=num_samples,
+            samples=num_samples,
             prompt_tokens=max(-(-(longest - 1) // CHUNKS[-1]), 1) * CHUNKS[-1],
             new_tokens=new_tokens,
         )
@@ -124,6 +129,7 @@ class Resident:
     prompt: int
     chunks: deque[tuple[int, int]]
     waiting: deque[int]  # samples not yet started
+    free_lanes: deque[int]
     live: int = 0
 
 
@@ -134,6 +140,15 @@ class Start:
     shard: int
     row: int
     prompt: int
+    sample: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Seat:
+    """What a row slot holds."""
+
+    slot: int
+    lane: int
     sample: int
 
 
@@ -160,7 +175,7 @@ class Schedule:
         X, B, G = layout.shards, layout.rows, layout.prompts
         self.queue = deque(range(len(lengths)))
         self.residents: list[list[Resident | None]] = [[None] * G for _ in range(X)]
-        self.row_of: list[list[tuple[int, int] | None]] = [[None] * B for _ in range(X)]
+        self.seats: list[list[Seat | None]] = [[None] * B for _ in range(X)]
         self.lane_of_row_XB = np.zeros((X, B), np.int32)
         self.row_of_lane_XL = np.zeros((X, G * layout.lanes), np.int32)
         self.prefix_length_XG = np.zeros((X, G), np.int32)
@@ -171,13 +186,13 @@ class Schedule:
 
     @property
     def num_live(self) -> int:
-        return sum(row is not None for shard in self.row_of for row in shard)
+        return sum(row is not None for shard in self.seats for row in shard)
 
     @property
     def num_waiting(self) -> int:
         """Rows not started, of prompts resident or queued."""
         resident = sum(len(one.waiting) for shard in self.residents for one in shard if one)
-        return resident + len(self.queue) * self.layout.lanes
+        return resident + len(self.queue) * self.layout.samples
 
     def prefill_jobs(self) -> list[PrefillJob]:
         """At most one chunk a shard, all of one size; empty where every free row has its prompt.
@@ -203,14 +218,15 @@ class Schedule:
         """Puts waiting samples of prefilled prompts into free rows, oldest prompt first."""
         starts = []
         for shard, residents in enumerate(self.residents):
-            free = deque(row for row, held in enumerate(self.row_of[shard]) if held is None)
+            free = deque(row for row, held in enumerate(self.seats[shard]) if held is None)
             for slot in self._by_age(shard):
                 resident = residents[slot]
                 assert resident is not None
                 while free and resident.waiting and not resident.chunks:
                     row, sample = free.popleft(), resident.waiting.popleft()
-                    lane = slot * self.layout.lanes + sample
-                    self.row_of[shard][row] = (slot, sample)
+                    seat = Seat(slot, resident.free_lanes.popleft(), sample)
+                    lane = slot * self.layout.lanes + seat.lane
+                    self.seats[shard][row] = seat
                     self.lane_of_row_XB[shard, row] = lane
                     self.row_of_lane_XL[shard, lane] = row
                     resident.live += 1
@@ -219,21 +235,21 @@ class Schedule:
 
     def finish(self, shard: int, row: int) -> tuple[int, int, bool]:
         """Frees a row; (prompt, sample, whether that was the prompt's last one)."""
-        held = self.row_of[shard][row]
-        assert held is not None
-        slot, sample = held
-        resident = self.residents[shard][slot]
+        seat = self.seats[shard][row]
+        assert seat is not None
+        resident = self.residents[shard][seat.slot]
         assert resident is not None
-        self.row_of[shard][row] = None
+        self.seats[shard][row] = None
+        resident.free_lanes.append(seat.lane)
         resident.live -= 1
         last = not resident.live and not resident.waiting
         if last:
-            self.residents[shard][slot] = None
-        return resident.prompt, sample, last
+            self.residents[shard][seat.slot] = None
+        return resident.prompt, seat.sample, last
 
     def _prefill_job(self, shard: int) -> PrefillJob | None:
         residents = self.residents[shard]
-        free = sum(row is None for row in self.row_of[shard])
+        free = sum(row is None for row in self.seats[shard])
         ready = sum(len(one.waiting) for one in residents if one and not one.chunks)
         if ready >= free:
             return None
@@ -252,7 +268,12 @@ class Schedule:
             prompt = self.queue.popleft()
             num_tokens = self.lengths[prompt] - 1
             chunks = deque(chunks_of(num_tokens))
-            self.residents[shard][slot] = Resident(prompt, chunks, deque(range(self.layout.lanes)))
+            self.residents[shard][slot] = Resident(
+                prompt,
+                chunks,
+                waiting=deque(range(self.layout.samples)),
+                free_lanes=deque(range(self.layout.lanes)),
+            )
             self.prefix_length_XG[shard, slot] = num_tokens
             if chunks:
                 return PrefillJob(shard, slot, prompt, *chunks[0])

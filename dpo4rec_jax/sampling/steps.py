@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -21,7 +22,10 @@ from dpo4rec_jax.models import llama
 from dpo4rec_jax.models.llama import LlamaConfig
 from dpo4rec_jax.sampling import filters
 from dpo4rec_jax.sampling.cache import Decode, KeyValues, Prefill
-from dpo4rec_jax.sampling.schedule import Layout
+from dpo4rec_jax.sampling.schedule import Layout, Schedule
+
+STEPS = 16  # tokens of a row between two looks of the host, at the most
+IDLE_SHARE = 16  # the host is called when one row in so many is idle and others wait
 
 State = TypeVar("State")
 Caches = tuple[KeyValues, ...]  # one a layer
@@ -72,6 +76,25 @@ class Turn:
     idle_rows: Int[Any, ""]  # return once so many rows have finished
 
 
+def idle_turn(schedule: Schedule) -> Turn:
+    """The host's word as the schedule stands, no row starting yet."""
+    shape = schedule.lane_of_row_XB.shape
+    waiting, num_rows = schedule.num_waiting > 0, schedule.lane_of_row_XB.size
+    return Turn(
+        fresh_XB=np.zeros(shape, bool),
+        token_XB=np.zeros(shape, np.int32),
+        position_XB=np.zeros(shape, np.int32),
+        limit_XB=np.zeros(shape, np.int32),
+        key_XB2=np.zeros((*shape, 2), np.uint32),
+        # Copies: the device may still read these when the schedule writes its own.
+        row_of_lane_XL=schedule.row_of_lane_XL.copy(),
+        lane_of_row_XB=schedule.lane_of_row_XB.copy(),
+        prefix_length_XG=schedule.prefix_length_XG.copy(),
+        steps=np.int32(STEPS),
+        idle_rows=np.int32(max(num_rows // IDLE_SHARE, 1) if waiting else num_rows),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """How state lies on a mesh: shards along data and fsdp, key heads along tensor."""
@@ -84,10 +107,10 @@ class Sharding:
 
     def of(self, leaf: Any) -> NamedSharding:
         """Of any array with the shards in front; caches are those with five axes."""
-        whole = leaf.ndim < 5 or leaf.shape[2] % self.mesh.shape["tensor"]
-        return NamedSharding(
-            self.mesh, PartitionSpec(("data", "fsdp"), None, None if whole else "tensor")
-        )
+        batch = ("data", "fsdp")
+        if leaf.ndim < 5 or leaf.shape[2] % self.mesh.shape["tensor"]:
+            return NamedSharding(self.mesh, PartitionSpec(batch))
+        return NamedSharding(self.mesh, PartitionSpec(batch, None, "tensor"))
 
 
 def constrain(state: State, sharding: Sharding | None) -> State:
@@ -148,8 +171,11 @@ def decode(
     settings: filters.Settings,
     stop_ids: Int[Array, " N"],
     sharding: Sharding | None = None,
-) -> tuple[Caches, Rows]:
-    """Starts the turn's fresh rows and draws tokens until its limits; suffixes and rows after."""
+) -> tuple[Caches, Rows, Array]:
+    """Starts the turn's fresh rows and draws tokens until one of its limits.
+
+    Returns suffixes and rows as they are then, and the number of steps taken.
+    """
     rows = _begin(rows, turn)
     num_active = rows.active_XB.sum()
 
@@ -175,8 +201,8 @@ def decode(
         now_active = rows.active_XB.sum()
         return (index < turn.steps) & (now_active > 0) & (num_active - now_active < turn.idle_rows)
 
-    _, suffix, rows = jax.lax.while_loop(proceed, step, (jnp.int32(0), suffix, rows))
-    return constrain((suffix, rows), sharding)
+    taken, suffix, rows = jax.lax.while_loop(proceed, step, (jnp.int32(0), suffix, rows))
+    return *constrain((suffix, rows), sharding), taken
 
 
 def _begin(rows: Rows, turn: Turn) -> Rows:

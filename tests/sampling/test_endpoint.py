@@ -1,0 +1,250 @@
+"""The endpoint client against a real HTTP server on loopback that misbehaves as told."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from dpo4rec_jax.config import EndpointConfig, InputError
+from dpo4rec_jax.sampling import endpoint as endpoint_module
+from dpo4rec_jax.sampling.endpoint import Endpoint, Reply, Request
+
+KEY = "sk-test-0123456789abcdef"
+MESSAGES = [{"role": "user", "content": "What does this user like? Ünïcode"}]
+
+Respond = Callable[["Handler", int, dict], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Hands each request to `server.respond(handler, number, body)`."""
+
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            number = len(self.server.seen)
+            self.server.seen.append((self.path, dict(self.headers), body, time.monotonic()))
+            self.server.in_flight += 1
+            self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
+        try:
+            self.server.respond(self, number, body)
+        finally:
+            with self.server.lock:
+                self.server.in_flight -= 1
+
+    def reply(self, status: int, body: bytes | dict, **headers: str) -> None:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock, self.seen = threading.Lock(), []
+        self.in_flight = self.most_in_flight = 0
+        self.respond: Respond = answer
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, *_: object) -> None:
+        pass
+
+
+def completion(text: str | None, finish: str = "stop") -> dict:
+    message = {"role": "assistant", "content": text}
+    return {"choices": [{"message": message, "finish_reason": finish}]}
+
+
+def answer(handler: Handler, number: int, body: dict) -> None:
+    handler.reply(200, completion(f"text {number}"))
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    monkeypatch.setenv("TEST_KEY", KEY)
+    monkeypatch.setattr(endpoint_module, "FIRST_WAIT_S", 0.01)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def ask(server: Server, number: int = 1, **settings) -> list[Reply[int]]:
+    values = {"base_url": server.url, "model": "m", "key_env": "TEST_KEY", "retries": 2}
+    endpoint = Endpoint(EndpointConfig(**(values | settings)), temperature=0.5, top_p=0.9)
+    return list(endpoint.replies(Request(n, MESSAGES, 32) for n in range(number)))
+
+
+def then_answer(first: Respond, times: int = 1) -> Respond:
+    """`first` for the first so many requests, a good answer after."""
+
+    def respond(handler: Handler, number: int, body: dict) -> None:
+        (first if number < times else answer)(handler, number, body)
+
+    return respond
+
+
+def test_a_request_is_an_openai_chat_completion_with_the_key_as_bearer(server) -> None:
+    assert ask(server) == [Reply(0, "text 0", "stop")]
+    ((path, headers, body, _),) = server.seen
+    assert path == "/v1/chat/completions"
+    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert body == {
+        "model": "m", "messages": MESSAGES, "max_tokens": 32, "temperature": 0.5, "top_p": 0.9,
+    }  # fmt: skip
+
+
+def test_every_request_is_answered_once_and_at_most_concurrency_are_in_flight(server) -> None:
+    def respond(handler: Handler, number: int, body: dict) -> None:
+        time.sleep(0.02)
+        answer(handler, number, body)
+
+    server.respond = respond
+    replies = ask(server, number=12, concurrency=3)
+    assert sorted(reply.name for reply in replies) == list(range(12))
+    assert server.most_in_flight == 3
+
+
+def test_a_text_cut_at_the_limit_finishes_by_length_and_a_refusal_is_empty(server) -> None:
+    server.respond = lambda handler, n, body: handler.reply(200, completion("cut", "length"))
+    assert ask(server) == [Reply(0, "cut", "length")]
+    server.respond = lambda handler, n, body: handler.reply(200, completion(None))
+    assert ask(server) == [Reply(0, "", "stop")]
+
+
+@pytest.mark.parametrize("date", [False, True])
+def test_429_is_tried_again_after_what_retry_after_says(server, date) -> None:
+    wait = email.utils.formatdate(time.time() + 1.6, usegmt=True) if date else "0.3"
+    server.respond = then_answer(lambda handler, n, body: handler.reply(429, {}, Retry_After=wait))
+    assert [reply.text for reply in ask(server)] == ["text 1"]
+    (*_, first), (*_, second) = server.seen
+    assert second - first >= 0.3 - 0.01
+
+
+def test_html_half_and_broken_replies_are_tried_again(server) -> None:
+    def html(handler: Handler, number: int, body: dict) -> None:
+        handler.reply(200, b"<html>gateway</html>")
+
+    def half(handler: Handler, number: int, body: dict) -> None:
+        handler.reply(200, b'{"choices": [{"mess', Content_Length="500")
+
+    def no_choices(handler: Handler, number: int, body: dict) -> None:
+        handler.reply(200, {"choices": []})
+
+    def hang_up(handler: Handler, number: int, body: dict) -> None:
+        handler.connection.close()
+
+    def gateway(handler: Handler, number: int, body: dict) -> None:
+        handler.reply(502, b"<html>bad gateway</html>")
+
+    for trouble in (html, half, no_choices, hang_up, gateway):
+        server.seen.clear()
+        server.respond = then_answer(trouble)
+        assert [reply.text for reply in ask(server)] == ["text 1"], trouble.__name__
+
+
+def test_a_server_that_stays_broken_ends_the_run_in_one_line(server) -> None:
+    server.respond = lambda handler, n, body: handler.reply(500, {"error": "no"})
+    with pytest.raises(InputError) as error:
+        ask(server)
+    assert len(server.seen) == 3  # the first try and two more
+    message = str(error.value)
+    assert "status 500 after 3 tries" in message and "--resume" in message
+    assert "\n" not in message
+
+
+def test_html_for_ever_shows_how_the_reply_begins(server) -> None:
+    server.respond = lambda handler, n, body: handler.reply(200, b"<!doctype html>\n<p>wrong")
+    with pytest.raises(InputError, match=r"not a chat completion .*<!doctype html> <p>wrong"):
+        ask(server)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_ends_the_run_at_once(server, status) -> None:
+    said = {"error": {"message": f"Incorrect API key provided: {KEY}"}}
+    server.respond = lambda handler, n, body: handler.reply(status, said)
+    with pytest.raises(InputError, match=f"{status}: the key in TEST_KEY is refused") as error:
+        ask(server)
+    assert len(server.seen) == 1
+    assert KEY not in str(error.value)
+
+
+def test_a_request_that_is_not_understood_shows_the_servers_words_without_the_key(server) -> None:
+    said = {"error": {"message": f"model m not found for {KEY}"}}
+    server.respond = lambda handler, n, body: handler.reply(404, said)
+    with pytest.raises(InputError, match=r"status 404: .*model m not found for \*\*\*"):
+        ask(server)
+    assert len(server.seen) == 1
+
+
+def test_a_redirect_is_not_followed_so_the_key_stays_here(server) -> None:
+    other = f"http://127.0.0.1:{server.server_address[1]}/elsewhere"
+    for status in (301, 302, 307, 308):
+        server.seen.clear()
+        server.respond = lambda handler, n, body, s=status: handler.reply(s, b"", Location=other)
+        with pytest.raises(InputError, match=r"redirects to .*/elsewhere"):
+            ask(server)
+        assert len(server.seen) == 1
+
+
+def test_a_server_that_is_not_there_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(endpoint_module, "FIRST_WAIT_S", 0.01)
+    config = EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m", key_env=None, retries=1)
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/v1.*no whole reply .*after 2 tries"):
+        list(Endpoint(config).replies([Request(0, MESSAGES, 8)]))
+
+
+def test_replies_before_a_failure_are_kept(server) -> None:
+    def respond(handler: Handler, number: int, body: dict) -> None:
+        if number < 3:
+            answer(handler, number, body)
+        else:
+            handler.reply(401, {})
+
+    server.respond = respond
+    values = {"base_url": server.url, "model": "m", "key_env": "TEST_KEY", "concurrency": 1}
+    replies = Endpoint(EndpointConfig(**values)).replies(Request(n, MESSAGES, 8) for n in range(9))
+    kept = []
+    with pytest.raises(InputError):
+        for reply in replies:
+            kept.append(reply.name)
+    assert kept == [0, 1, 2]
+    assert len(server.seen) == 4
+
+
+def test_a_missing_key_and_bad_addresses_are_refused_before_any_request(monkeypatch) -> None:
+    monkeypatch.delenv("TEST_KEY", raising=False)
+    good = {"base_url": "https://host/v1", "model": "m", "key_env": None}
+    Endpoint(EndpointConfig(**good))
+    for change, message in (
+        ({"key_env": "TEST_KEY"}, "environment variable TEST_KEY is not set"),
+        ({"base_url": "host/v1"}, r"expected http\(s\)"),
+        ({"base_url": "ftp://host/v1"}, r"expected http\(s\)"),
+        ({"base_url": "https://me:secret@host/v1"}, "holds a password"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            Endpoint(EndpointConfig(**(good | change)))
+        assert "secret" not in str(error.value)

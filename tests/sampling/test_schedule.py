@@ -1,0 +1,134 @@
+"""The host's bookkeeping: sizes from a budget, chunks, slots."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo4rec_jax.config import InputError
+from dpo4rec_jax.models.llama import LlamaConfig
+from dpo4rec_jax.sampling.schedule import (
+    CHUNKS,
+    ROWS_STEP,
+    Layout,
+    Schedule,
+    chunks_of,
+    plan_layout,
+)
+
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3, head_dim=64
+)
+KV_BYTES = 2 * 30 * 3 * 64 * 4  # keys and values, layers, heads, size, float32
+
+
+def test_memory_is_prompts_times_length_plus_rows_times_new_tokens() -> None:
+    layout = Layout(shards=1, rows=32, prompts=5, samples=8, prompt_tokens=544, new_tokens=128)
+    assert layout.bytes_of_shard(KV_BYTES) == (5 * 544 + 32 * 128) * KV_BYTES
+
+
+@pytest.mark.parametrize("memory_gib", [0.1, 0.5, 1.0])
+def test_rows_fill_the_budget_and_not_more(memory_gib) -> None:
+    layout = plan_layout(SMOLLM2, [520] * 1000, 10, 128, memory_gib=memory_gib)
+    assert layout.bytes_of_shard(KV_BYTES) <= memory_gib * 2**30
+    with pytest.raises(InputError, match=r"reason\.slots"):
+        more = layout.rows + ROWS_STEP
+        plan_layout(SMOLLM2, [520] * 1000, 10, 128, memory_gib=memory_gib, slots=more)
+
+
+def test_asking_for_too_many_slots_says_what_fits() -> None:
+    with pytest.raises(InputError, match=r"reason\.slots: 500 rows .* at most (\d+) rows") as error:
+        plan_layout(SMOLLM2, [520] * 1000, 10, 128, memory_gib=0.5, slots=500)
+    fitting = int(str(error.value).split("at most ")[1].split()[0])
+    plan_layout(SMOLLM2, [520] * 1000, 10, 128, memory_gib=0.5, slots=fitting)
+    with pytest.raises(InputError):
+        plan_layout(SMOLLM2, [520] * 1000, 10, 128, memory_gib=0.5, slots=fitting + 1)
+
+
+def test_a_budget_that_holds_no_prompt_is_refused() -> None:
+    with pytest.raises(InputError, match=r"reason\.memory_gib: 0\.01 GiB .* no prompt of 520"):
+        plan_layout(SMOLLM2, [520], 10, 128, memory_gib=0.01)
+
+
+def test_a_small_job_gets_no_more_slots_than_texts() -> None:
+    layout = plan_layout(SMOLLM2, [100, 90], 3, 16)
+    assert (layout.rows, layout.prompts, layout.prompt_tokens) == (6, 2, 128)
+
+
+@given(st.integers(0, 2000))
+def test_chunks_cover_a_prompt_without_gaps_and_end_at_a_small_chunk(num_tokens) -> None:
+    chunks = chunks_of(num_tokens)
+    ends = [offset + size for offset, size in chunks]
+    assert [offset for offset, _ in chunks] == [0, *ends][: len(chunks)]
+    assert all(size in CHUNKS for _, size in chunks)
+    covered = ends[-1] if ends else 0
+    assert num_tokens <= covered < num_tokens + CHUNKS[-1]
+
+
+@given(st.data())
+def test_every_sample_runs_once_on_its_own_prompts_prefix(data) -> None:
+    """Plays the device: rows finish at random; a row must find its prompt whole in its slot."""
+    lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=12))
+    layout = Layout(
+        shards=data.draw(st.integers(1, 3)),
+        rows=data.draw(st.integers(1, 5)),
+        prompts=data.draw(st.integers(1, 4)),
+        samples=data.draw(st.integers(1, 4)),
+        prompt_tokens=320,
+        new_tokens=8,
+    )
+    schedule = Schedule(layout, lengths)
+    prefilled: dict[tuple[int, int], tuple[int, int]] = {}  # slot -> prompt, tokens
+    running: dict[tuple[int, int], tuple[int, int]] = {}  # row -> prompt, sample
+    finished, whole = [], {}
+    while not schedule.done:
+        while jobs := schedule.prefill_jobs():
+            assert len({job.shard for job in jobs}) == len(jobs)
+            assert len({job.size for job in jobs}) == 1
+            for job in jobs:
+                at, before = (job.shard, job.slot), prefilled.get((job.shard, job.slot))
+                if job.offset == 0:
+                    assert not any(key[0] == job.shard and whole[key] == at for key in running)
+                else:
+                    assert before == (job.prompt, job.offset)
+                prefilled[at] = (job.prompt, job.offset + job.size)
+        for start in schedule.start_rows():
+            row = (start.shard, start.row)
+            assert row not in running
+            running[row] = (start.prompt, start.sample)
+            lane = int(schedule.lane_of_row_XB[row])
+            slot = lane // layout.lanes
+            whole[row] = (start.shard, slot)
+            assert schedule.row_of_lane_XL[start.shard, lane] == start.row
+            assert schedule.prefix_length_XG[start.shard, slot] == lengths[start.prompt] - 1
+            if lengths[start.prompt] > 1:
+                held = prefilled[start.shard, slot]
+                assert held[0] == start.prompt and held[1] >= lengths[start.prompt] - 1
+        assert running, "nothing runs and nothing is done"
+        number = data.draw(st.integers(1, len(running)))
+        for row in list(running)[:number]:
+            prompt, sample, last = schedule.finish(*row)
+            assert (prompt, sample) == running.pop(row)
+            finished.append((prompt, sample))
+            assert last == (sum(one == prompt for one, _ in finished) == layout.samples)
+    every = [(prompt, n) for prompt in range(len(lengths)) for n in range(layout.samples)]
+    assert sorted(finished) == every
+
+
+def test_a_freed_row_goes_to_the_next_sample_at_once() -> None:
+    layout = Layout(shards=1, rows=4, prompts=3, samples=3, prompt_tokens=32, new_tokens=8)
+    schedule = Schedule(layout, [5, 5, 5])
+    while schedule.prefill_jobs():
+        pass
+    assert [(one.prompt, one.sample) for one in schedule.start_rows()] == [
+        (0, 0), (0, 1), (0, 2), (1, 0),
+    ]  # fmt: skip
+    schedule.finish(0, 1)
+    assert not schedule.prefill_jobs()  # prompt 1 is there already
+    (start,) = schedule.start_rows()
+    assert dataclasses.astuple(start) == (0, 1, 1, 1)
+    assert np.all(schedule.lane_of_row_XB[0] == [0, 4, 2, 3])
