@@ -65,6 +65,9 @@ def pick_attributes(config: ColumnsConfig, header: Sequence[str], where: str) ->
     """Item attributes by name, and the columns they lie in."""
     if config.attributes is not None:
         key = "data.columns.attributes"
+        for name in ("item", "title"):
+            if name in config.attributes:
+                raise InputError(f"{key}: {name!r} is no attribute; leave it out")
         return {name: _existing(name, key, header, where) for name in config.attributes}
     columns = {attribute: _first(names, header) for attribute, names in ATTRIBUTES.items()}
     return {attribute: column for attribute, column in columns.items() if column is not None}

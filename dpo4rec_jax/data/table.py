@@ -29,7 +29,9 @@ def is_table(files: Files) -> bool:
 
 
 def read(files: Files, config: DataConfig, select: Select) -> RawData:
-    """Raises InputError for columns that are missing, named twice or ambiguous, bad values, ..."""
+    """Raises InputError, with file and line where there is one, for tables it cannot tell apart,
+    columns that are missing or named twice, and values that are no id, time or rating.
+    """
     columns = config.columns
     tables = [open_table(files, name) for name in files.named(*ENDINGS)]
     for role in ("user", "item"):
@@ -38,11 +40,11 @@ def read(files: Files, config: DataConfig, select: Select) -> RawData:
             raise InputError(
                 f"data.columns.{role}: no column {given!r} in any table ({_headers(tables)})"
             )
-    by_role: dict[tuple[bool, bool], list[Table]] = {}
+    holding: dict[tuple[bool, bool], list[Table]] = {}
     for table in tables:
-        role = (_has(table, "user", columns), _has(table, "item", columns))
-        by_role.setdefault(role, []).append(table)
-    interactions = by_role.get((True, True), [])
+        holds = (_has(table, "user", columns), _has(table, "item", columns))
+        holding.setdefault(holds, []).append(table)
+    interactions = holding.get((True, True), [])
     if not interactions and len(tables) == 1:
         for role in ("user", "item"):
             require(role, columns, tables[0].header, tables[0].where)
@@ -52,7 +54,7 @@ def read(files: Files, config: DataConfig, select: Select) -> RawData:
             f"{files.path}: expected one table with a column of users and one of items, got "
             f"{found} ({_headers(tables)}); name the columns in data.columns"
         )
-    items, users = (_only(files, by_role.get(role, [])) for role in ((False, True), (True, False)))
+    items, users = (_only(files, holding.get(what, [])) for what in ((False, True), (True, False)))
     return RawData(
         select(_interactions(interactions[0], columns)),
         _items(items, columns) if items else no_items(),
@@ -90,23 +92,18 @@ def _interactions(table: Table, columns: ColumnsConfig) -> pl.DataFrame:
         time=_seconds(frame[time]) if time else pl.lit(0, pl.Int64),
         rating=_number(pl.col(rating)) if rating else pl.lit(None, pl.Float64),
     )
-    unfit = parsed.select(
-        user=pl.col("user").is_null(),
-        item=pl.col("item").is_null(),
-        time=pl.col("time").is_null(),
-        rating=~pl.col("rating").is_finite() if rating else False,
-    )
+    unfit = {
+        user: (parsed["user"].is_null(), "an id"),
+        item: (parsed["item"].is_null(), "an id"),
+    }
+    if time:
+        unfit[time] = (parsed["time"].is_null(), "a number or a date")
     if rating:
-        unknown = frame[rating].is_null()
-        unfit = unfit.with_columns((pl.col("rating").fill_null(True) & ~unknown).alias("rating"))
-    for role, column, expected in (
-        ("user", user, "an id"),
-        ("item", item, "an id"),
-        ("time", time, "a number or a date"),
-        ("rating", rating, "a finite number"),
-    ):
-        if column and unfit[role].any():
-            row = int(unfit[role].arg_max() or 0)
+        finite = parsed["rating"].is_finite().fill_null(False)
+        unfit[rating] = (frame[rating].is_not_null() & ~finite, "a finite number")
+    for column, (bad, expected) in unfit.items():
+        if bad.any():
+            row = int(bad.arg_max() or 0)
             got = frame[column][row]
             raise InputError(f"{place_of(table, row)}: {column}: expected {expected}, got {got!r}")
     return parsed.with_columns(pl.col("rating").cast(pl.Float32))
