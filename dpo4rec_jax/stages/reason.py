@@ -21,12 +21,13 @@ from jax.experimental import multihost_utils
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
-from dpo4rec_jax.data.prompts import Prompt, shorten
+from dpo4rec_jax.data.prompts import Prompt
 from dpo4rec_jax.data.texts import Kind, TextRecord, read_records, read_texts, write_records
 from dpo4rec_jax.runtime.mesh import make_mesh
 from dpo4rec_jax.sampling import Completion, Figures, plan_layout, stream
 from dpo4rec_jax.sampling.endpoint import Endpoint, Request
 from dpo4rec_jax.sampling.parts import Parts
+from dpo4rec_jax.sampling.prompts import fit_prompt
 from dpo4rec_jax.weights import Policy, load_policy
 from dpo4rec_jax.workspace import Stage
 
@@ -119,7 +120,10 @@ def _policy_writer(stage: Stage) -> Writer:
     @functools.cache
     def loaded() -> tuple[Policy, jax.sharding.Mesh]:
         settings = stage.config.policy
-        mesh = make_mesh({**stage.config.runtime.mesh, "data": -1}, jax.local_devices())
+        # Rows are independent: what is not tensor is data; fsdp would gather weights a token.
+        tensor = stage.config.runtime.mesh.get("tensor", 1)
+        sizes = {"data": 1 if tensor == -1 else -1, "tensor": tensor}
+        mesh = make_mesh(sizes, jax.local_devices())
         path, adapters = stage.workspace.policy_source(stage.config, stage.round or 0)
         policy = load_policy(
             path,
@@ -212,7 +216,7 @@ def fit_prompts(stage: Stage, policy: Policy, job: Job) -> list[list[int]]:
     limit = min(stage.config.policy.max_prompt_tokens, room)
     fitted, shortened, dropped = [], 0, 0
     for prompt in job.prompts:
-        ids, kept = _fit(policy, prompt, limit)
+        ids, kept = fit_prompt(policy, prompt, limit)
         fitted.append(ids)
         shortened += kept < len(prompt.history)
         dropped += len(prompt.history) - kept
@@ -224,32 +228,10 @@ def fit_prompts(stage: Stage, policy: Policy, job: Job) -> list[list[int]]:
     numbers = {
         "prompts_shortened": shortened,
         "history_entries_dropped": dropped,
-        "prompt_tokens_mean": float(np.mean([len(ids) for ids in fitted])),
+        "prompt_tokens_mean": np.mean([len(ids) for ids in fitted]),
     }
-    stage.log.write(0, {f"{_slug(job)}/{name}": value for name, value in numbers.items()})
+    stage.log.write(0, {f"{_slug(job)}/{name}": float(n) for name, n in numbers.items()})
     return fitted
-
-
-def _fit(policy: Policy, prompt: Prompt, limit: int) -> tuple[list[int], int]:
-    """The ids of the prompt with as much of its newest history as fits, and how much that is."""
-    ids, fits, too_many = policy.chat_ids(prompt.messages), 0, len(prompt.history)
-    if len(ids) <= limit:
-        return ids, too_many
-    best = None
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        ids = policy.chat_ids(shorten(prompt, middle).messages)
-        if len(ids) <= limit:
-            best, fits = ids, middle
-        else:
-            too_many = middle
-    if best is None:
-        entries = " with one entry of history" if prompt.history else ""
-        raise InputError(
-            f"policy.max_prompt_tokens: the prompt of {prompt.kind} {prompt.id!r} has {len(ids)} "
-            f"tokens{entries}, {limit} fit; raise it or shorten data.prompts"
-        )
-    return best, fits
 
 
 def _endpoint_writer(stage: Stage) -> Writer:
@@ -288,7 +270,7 @@ def _given_users(stage: Stage, prepared: Prepared, path: str) -> list[TextRecord
     missing = len(prepared.user_id) - len(texts)
     if missing:
         stage.progress.say(f"  {path}: {missing} of {len(prepared.user_id)} users have no text")
-    stage.log.write(0, {"users_without_text": missing})
+    stage.log.write(0, {"users_without_text": float(missing)})
     write_records(stage.directory / "users.jsonl", records)
     return records
 
@@ -306,7 +288,7 @@ def _given_items(stage: Stage, prepared: Prepared) -> bool:
     for item in prepared.items:
         text = texts.get(item["item"], [item["text"]])[0]
         records.append(TextRecord("item", item["item"], text))
-    stage.log.write(0, {"items_from_metadata": len(records) - len(texts)})
+    stage.log.write(0, {"items_from_metadata": float(len(records) - len(texts))})
     write_records(stage.directory / "items.jsonl", records)
     return True
 
@@ -320,14 +302,14 @@ def _log_quality(stage: Stage, records: Sequence[TextRecord]) -> None:
     several = [texts for texts in by_user.values() if len(texts) > 1]
     numbers = {
         "texts": len(records),
-        "length_mean": float(np.mean(lengths)),
-        "stopped_share": float(np.mean([record.finish == "stop" for record in records])),
+        "length_mean": np.mean(lengths),
+        "stopped_share": np.mean([record.finish == "stop" for record in records]),
         "empty_texts": sum(not record.text.strip() for record in records),
     }
     if several:
         shares = [len(set(texts)) / len(texts) for texts in several]
-        numbers["distinct_share"] = float(np.mean(shares))
-    stage.log.write(0, numbers)
+        numbers["distinct_share"] = np.mean(shares)
+    stage.log.write(0, {name: float(number) for name, number in numbers.items()})
 
 
 def _slug(job: Job) -> str:
