@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dpo4rec_jax.config import InputError, LoraConfig
 from dpo4rec_jax.models import lora
@@ -125,6 +126,28 @@ def _targets(tensors: Mapping[str, Any], file: str) -> list[Any]:
             raise InputError(f"{file}: {name}: not a LoRA matrix of a projection that we adapt")
         found.add(ours_of[match[2]])
     return [name for name in huggingface.PROJECTIONS if name in found]
+
+
+def combine(
+    adapters: Sequence[tuple[Params, LoraConfig]],
+) -> tuple[dict[str, Any], LoraConfig]:
+    """One adapter that adds what all of them add: ranks concatenated, scales folded into B.
+
+    All must sit on the same projections, as the rounds of one run do.
+    """
+    trees = [adapter["layers"] for adapter, _ in adapters]
+    assert all(tree.keys() == trees[0].keys() for tree in trees)
+    layers = {}
+    for name in trees[0]:
+        scaled = [
+            tree[name]["b"] * (lora_config.alpha / tree[name]["a"].shape[-1])
+            for tree, (_, lora_config) in zip(trees, adapters, strict=True)
+        ]
+        a_LDR = jnp.concatenate([tree[name]["a"] for tree in trees], axis=2)
+        layers[name] = {"a": a_LDR, "b": jnp.concatenate(scaled, axis=1)}
+    rank = next(iter(layers.values()))["a"].shape[-1]
+    first = adapters[0][1]
+    return {"layers": layers}, first.model_copy(update={"rank": rank, "alpha": float(rank)})
 
 
 def merge_adapters(policy: Policy, directories: Sequence[str | Path]) -> Policy:

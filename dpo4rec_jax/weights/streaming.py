@@ -7,6 +7,8 @@ for that to matter are assembled on the host, which spares the compilation.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import math
@@ -96,6 +98,8 @@ def stream(
         for part in path[:-1]:
             inner = inner.setdefault(part, {})
         inner[path[-1]] = leaf.array()
+        if not small:
+            _return_freed_memory()
     return params
 
 
@@ -103,6 +107,12 @@ def _at(tree: Any, path: Path) -> Any:
     for part in path:
         tree = tree[part]
     return tree
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps freed slices for itself, up to a tenth of the checkpoint; others do not."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _HostLeaf:
@@ -124,49 +134,62 @@ class _HostLeaf:
 
 
 class _DeviceLeaf:
-    """One parameter under construction: a buffer for each device that will hold part of it."""
+    """One parameter under construction where it will live."""
 
     def __init__(self, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
-        self.shape, self.sharding, self.dtype = shape.shape, sharding, shape.dtype
-        self.index_of = sharding.addressable_devices_indices_map(shape.shape)
-        self.buffers: dict[Any, jax.Array] = {}
+        self.shape, self.sharding = shape, sharding
+        self.value: jax.Array | None = None
 
     def put(self, stored: np.ndarray, slot: Slot) -> bool:
-        """Writes a stored tensor into its place on every device; False if it is not finite."""
-        finite = []
-        slices: dict[str, np.ndarray] = {}
-        for device, index in self.index_of.items():
-            assert index is not None
-            part = tuple(index) if slot.layer is None else tuple(index[1:])
-            part = part[::-1] if slot.transpose else part
-            if str(part) not in slices:  # replicas share one read
-                slices[str(part)] = np.array(stored[part])
-            raw = jax.device_put(slices[str(part)], device)
-            if slot.layer is None:
-                self.buffers[device], is_finite = _convert(raw, slot.transpose, self.dtype)
-            else:
-                stack = self.buffers.pop(device, None)
-                if stack is None:
-                    shape = self.sharding.shard_shape(self.shape)
-                    stack = jnp.zeros(shape, self.dtype, device=device)
-                self.buffers[device], is_finite = _place(stack, raw, slot.layer, slot.transpose)
-            finite.append(is_finite)
-        return all(bool(flag) for flag in finite)  # waits: one tensor in flight bounds the host
+        """Writes a stored tensor into its place; False if it is not finite."""
+        raw = jax.make_array_from_callback(
+            stored.shape,
+            _stored_sharding(self.sharding, slot),
+            lambda index: np.array(stored[index]),  # not a view: the file may change later
+        )
+        if slot.layer is None and not slot.transpose and raw.dtype == self.shape.dtype:
+            self.value, finite = raw, _finite(raw)
+        elif slot.layer is None:
+            self.value, finite = _convert(raw, slot.transpose, self.shape.dtype, self.sharding)
+        else:
+            if self.value is None:
+                self.value = jnp.zeros(self.shape.shape, self.shape.dtype, device=self.sharding)
+            self.value, finite = _place(self.value, raw, slot.layer, slot.transpose, self.sharding)
+        return bool(finite)  # waits: one tensor in flight bounds what the host holds
 
     def array(self) -> jax.Array:
-        buffers = list(self.buffers.values())
-        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, buffers)
+        assert self.value is not None
+        return self.value
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _convert(raw: jax.Array, transpose: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    value = (raw.T if transpose else raw).astype(dtype)
-    return value, jnp.isfinite(value).all()
+def _stored_sharding(sharding: jax.sharding.Sharding, slot: Slot) -> jax.sharding.Sharding:
+    """How a stored tensor must lie so that each device already has what it will keep."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    axes = tuple(sharding.spec)
+    axes = axes if slot.layer is None else axes[1:]
+    axes += (None,) * (len(slot.shape) - len(axes))
+    axes = axes[::-1] if slot.transpose else axes
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*axes))
 
 
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _place(
-    stack: jax.Array, raw: jax.Array, layer: int | jax.Array, transpose: bool
+@jax.jit
+def _finite(value: jax.Array) -> jax.Array:
+    return jnp.isfinite(value).all()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _convert(
+    raw: jax.Array, transpose: bool, dtype: Any, sharding: Any
 ) -> tuple[jax.Array, jax.Array]:
-    value, finite = _convert(raw, transpose, stack.dtype)
-    return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0), finite
+    value = (raw.T if transpose else raw).astype(dtype)
+    return jax.lax.with_sharding_constraint(value, sharding), jnp.isfinite(value).all()
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _place(
+    stack: jax.Array, raw: jax.Array, layer: int | jax.Array, transpose: bool, sharding: Any
+) -> tuple[jax.Array, jax.Array]:
+    value = (raw.T if transpose else raw).astype(stack.dtype)
+    stack = jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+    return jax.lax.with_sharding_constraint(stack, sharding), jnp.isfinite(value).all()
