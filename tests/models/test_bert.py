@@ -23,6 +23,11 @@ def tokens_and_lengths() -> tuple[np.ndarray, np.ndarray]:
     return random.integers(0, 97, (4, 20), dtype=np.int32), np.array([20, 13, 1, 7], np.int32)
 
 
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return bert.init(CONFIG, jax.random.key(1))
+
+
 def reference(activation: str = "gelu", seed: int = 0):
     """A BertModel in torch whose every parameter, norms and biases too, is random."""
     torch = pytest.importorskip("torch")
@@ -74,9 +79,8 @@ def test_every_layer_equals_torch_within_1e_5(activation, tokens_and_lengths) ->
         np.testing.assert_allclose(got[mask_BT], expected[mask_BT], atol=1e-5, rtol=1e-5)
 
 
-def test_nothing_real_depends_on_padding(tokens_and_lengths) -> None:
+def test_nothing_real_depends_on_padding(params, tokens_and_lengths) -> None:
     tokens_BT, length_B = tokens_and_lengths
-    params = bert.init(CONFIG, jax.random.key(1))
     mask_BT = np.arange(20) < length_B[:, None]
     other_BT = np.where(mask_BT, tokens_BT, 5).astype(np.int32)
     got = bert.apply(CONFIG, params, jnp.asarray(tokens_BT), jnp.asarray(length_B))
@@ -86,15 +90,13 @@ def test_nothing_real_depends_on_padding(tokens_and_lengths) -> None:
     np.testing.assert_allclose(alone[0], got[1, :13], atol=1e-5)
 
 
-def test_a_row_of_padding_alone_is_finite() -> None:
-    params = bert.init(CONFIG, jax.random.key(2))
+def test_a_row_of_padding_alone_is_finite(params) -> None:
     hidden = bert.apply(CONFIG, params, jnp.zeros((1, 8), jnp.int32), jnp.array([0]))
     assert np.isfinite(hidden).all()
 
 
-def test_bfloat16_stays_near_float32(tokens_and_lengths) -> None:
+def test_bfloat16_stays_near_float32(params, tokens_and_lengths) -> None:
     tokens_BT, length_B = tokens_and_lengths
-    params = bert.init(CONFIG, jax.random.key(3))
     half = dataclasses.replace(CONFIG, dtype="bfloat16")
     full_BTD = bert.apply(CONFIG, params, jnp.asarray(tokens_BT), jnp.asarray(length_B))
     half_BTD = bert.apply(half, params, jnp.asarray(tokens_BT), jnp.asarray(length_B))
