@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import SupportsFloat
 
 from rich.console import Console
 from rich.progress import (
@@ -119,7 +120,7 @@ class MetricsLog:
         self._path = directory / "metrics.jsonl"
         self._tensorboard = None
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """One line: time, stage, round, step and the values (NaN and infinities as null)."""
         finite = {
             name: float(value) if math.isfinite(value) else None for name, value in values.items()

