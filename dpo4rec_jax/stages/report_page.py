@@ -146,7 +146,7 @@ def lede(document: Mapping[str, Any]) -> str:
             size = gain(row["relative_gain"], digits=1)
             doubt = ", no difference shown" if row["verdict"] == UNDECIDED else ""
             within = interval(row["ci95"])
-            parts.append(f"Unaligned texts (KAR): {size} over the backbone ({within}{doubt}).")
+            parts.append(f"Unaligned texts (KAR): {size} against the backbone ({within}{doubt}).")
     parts += [_reward_sentence(entry) for entry in document["alignment"]]
     return " ".join(parts)
 

@@ -58,8 +58,11 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
+    "axes.formatter.useoffset": False,
 }
 SIZE = (5.5, 3.3)  # inches of 72 units: 396 wide, a phone's column
+# The least that an axis spans: what moves by less has not moved, and must not look as if it had.
+LEAST_SPAN = {"loss": 0.05, "margin": 0.05, "accuracy": 0.2, "reward": 0.05}
 Curve = tuple[Sequence[int], Sequence[float]]
 Point = tuple[float | int, float | int]
 
@@ -122,6 +125,7 @@ def curves(by_round: Mapping[int, Mapping[str, Curve]], name: str, title: str) -
             axes.plot(*held_out, "o", color=INK, fillstyle="none", markersize=7, label=first)
     if len(axes.get_lines()) > 1:
         axes.legend(fontsize=9.5, labelcolor=INK)
+    axes.set_ylim(_widened(axes.get_ylim(), LEAST_SPAN[name]))
     if name == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -152,6 +156,7 @@ def rewards(alignment: Sequence[Mapping[str, Any]]) -> str | None:
     axes.grid(visible=False, axis="y")
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.margins(x=0.55)
+    axes.set_xlim(_widened(axes.get_xlim(), LEAST_SPAN["reward"]))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("mean reward of a text")
     return _svg(figure, "rewards", "Mean reward before and after each alignment")
@@ -163,13 +168,13 @@ def gaps(values: np.ndarray, name: str, xlabel: str, title: str) -> str | None:
     if not len(values):
         return None
     figure, axes = _figure(height=2.7)
-    axes.hist(values, bins=min(40, max(5, len(np.unique(values)))), color=OURS, alpha=0.75)
+    axes.hist(values, bins=_bins(values), color=OURS, alpha=0.75)
     mean = float(np.mean(values))
     axes.axvline(mean, color=INK, linewidth=1.2)
     axes.text(
         mean,
         1.02,
-        f"mean {mean:.3g}",
+        f"mean {mean:.3g}".replace("-", "\u2212"),
         transform=axes.get_xaxis_transform(),
         ha="center",
         va="bottom",
@@ -180,6 +185,7 @@ def gaps(values: np.ndarray, name: str, xlabel: str, title: str) -> str | None:
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_ylabel("pairs")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=np.issubdtype(values.dtype, np.integer)))
     axes.set_xlabel(xlabel)
     return _svg(figure, f"gap-{name}", title)
 
@@ -191,6 +197,22 @@ def label(method: str) -> str:
     return {"backbone": "Backbone", "kar": "KAR", "kar-external": "KAR (external)"}.get(
         method, method
     )
+
+
+def _widened(limits: tuple[float, float], least: float) -> tuple[float, float]:
+    """The same limits, or so far apart around their middle."""
+    low, high = limits
+    half, middle = max(high - low, least) / 2, (low + high) / 2
+    return float(middle - half), float(middle + half)
+
+
+def _bins(values: np.ndarray) -> list[float] | int:
+    """About 40 bins; whole numbers stand in the middle of theirs."""
+    if not np.issubdtype(values.dtype, np.integer):
+        return min(40, max(5, len(np.unique(values))))
+    low, high = int(values.min()), int(values.max())
+    step = (high - low) // 40 + 1
+    return (np.arange(low, high + step + 1, step) - 0.5).tolist()
 
 
 def _figure(height: float = SIZE[1]) -> tuple[Figure, Axes]:

@@ -11,6 +11,7 @@ from dpo4rec_jax.config import Config
 from dpo4rec_jax.stages.report_evidence import Evidence
 
 FEW_SEEDS, FEW_USERS = 5, 100
+LITTLE_NATS = 0.1
 
 
 def warnings_of(document: Mapping[str, Any], evidence: Evidence, config: Config) -> list[str]:
@@ -18,6 +19,7 @@ def warnings_of(document: Mapping[str, Any], evidence: Evidence, config: Config)
         *_of_the_test(document, config),
         *_of_the_texts(evidence, config),
         *_of_the_pairs(evidence, config),
+        *_of_the_alignment(document, config),
     ]
 
 
@@ -70,4 +72,15 @@ def _of_the_pairs(evidence: Evidence, config: Config) -> Iterator[str]:
                 f"Round {pairs.round}: chosen texts are {than} by {abs(mean_gap):.1f} tokens on "
                 "average; part of the preference may be for length. Consider "
                 "align.length_normalise."
+            )
+
+
+def _of_the_alignment(document: Mapping[str, Any], config: Config) -> Iterator[str]:
+    for entry in document["alignment"]:
+        margin = entry["margin"]
+        if margin is not None and abs(margin) / config.align.beta < LITTLE_NATS:
+            yield (
+                f"Alignment {entry['round']} hardly moved the LLM: chosen gained "
+                f"{margin / config.align.beta:.2g} nats on rejected texts. Raise "
+                "align.learning_rate or align.epochs."
             )

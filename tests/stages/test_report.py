@@ -257,9 +257,12 @@ def test_the_papers_figures_stand_beside_ours_only_on_its_data(page, tmp_path) -
 def test_what_makes_a_run_doubtful_is_said_with_its_knob(tmp_path) -> None:
     stage = fixture.make_stage(tmp_path, users=30, rank={"seeds": 3}, prefer={"folds": 1})
     (tmp_path / "round0" / "prefer" / "pairs.jsonl").write_text("")
+    path = tmp_path / "round1" / "evaluate" / "alignment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"margin": 1e-5}))
     report.run(stage)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for knob in ("rank.seeds", "data.max_users", "prefer.folds is 1", "reason.samples"):
+    knobs = ("rank.seeds", "data.max_users", "prefer.folds is 1", "reason.samples")
+    for knob in (*knobs, "align.learning_rate"):
         assert knob in page
 
 
