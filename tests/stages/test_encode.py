@@ -6,17 +6,20 @@ import io
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
 from dpo4rec_jax import data
-from dpo4rec_jax.config import Config, DataConfig, InputError, SyntheticConfig
+from dpo4rec_jax.config import Config, DataConfig, InputError, PolicyConfig, SyntheticConfig
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.texts import TextRecord, write_records
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress
 from dpo4rec_jax.stages import encode
 from dpo4rec_jax.weights import load_encoder
+from dpo4rec_jax.weights.export import save_policy
+from dpo4rec_jax.weights.tiny import make_tiny, words_of
 from dpo4rec_jax.workspace import Stage, Workspace
 
 SAMPLES = 3
@@ -93,6 +96,25 @@ def test_items_are_encoded_at_round_0_and_reused(tmp_path, prepared) -> None:
     np.testing.assert_array_equal(before.item_IF, after.item_IF)
     assert not np.array_equal(before.user_UCF, after.user_UCF)
     assert "items" not in json.loads((second.directory / "counts.json").read_text())
+
+
+def test_with_the_policy_as_encoder_items_are_encoded_anew_each_round(tmp_path, prepared) -> None:
+    words = words_of(user["history"] for user in prepared.users)
+    config = PolicyConfig(tiny_width=16, tiny_heads=2, tiny_layers=1)
+    policies = [make_tiny(config, words, jax.random.key(round)) for round in (0, 1)]
+    workspace = Workspace(tmp_path)
+    save_policy(policies[0], workspace.stage_dir("warmup") / "policy")
+    save_policy(policies[1], workspace.stage_dir("align", 0) / "policy")
+    prepared.save(workspace.stage_dir("prepare"))
+    facts = [f"facts of {id}" for id in prepared.item_id]
+    for round, policy in enumerate(policies):
+        overrides = {"encode": {"encoder": "policy"}, "align": {"method": "full"}}
+        stage = make_stage(tmp_path, round, policy={"dtype": "float32"}, **overrides)
+        write_texts(stage, prepared)
+        encode.run(stage)
+        item_IF = Knowledge.load(stage.directory / "vectors.npz").item_IF
+        expected_IF = load_encoder("policy", policy=policy).encode(facts)
+        np.testing.assert_allclose(item_IF, expected_IF, atol=1e-5)
 
 
 def test_texts_from_elsewhere_get_vectors_of_their_own(tmp_path, prepared) -> None:
