@@ -118,9 +118,16 @@ class WarmupConfig(Section):
     texts: str | None = field(
         None, "JSONL of texts to imitate before round 0, or synthetic; null: no warm-up"
     )
-    steps: Positive = field(600, "optimizer steps")
-    batch: Positive = field(32, "texts a step")
-    learning_rate: float = field(3e-3, "peak learning rate", gt=0.0)
+    steps: Positive = field(150, "optimizer steps")
+    batch: Positive = field(16, "prompts a step, each with its texts in one row")
+    samples: Positive = field(8, "texts a prompt, of those that the synthetic world writes")
+    learning_rate: float | None = field(
+        None, "peak learning rate; null: 5e-3 for the tiny policy, else 2e-5", gt=0.0
+    )
+    method: Literal["full", "lora"] = field("full", "train every weight, or merge align.lora's")
+    warmup_fraction: float = field(0.1, "share of steps that raise the learning rate", ge=0.0, le=1)
+    log_every: Positive = field(10, "steps between lines of metrics.jsonl")
+    save_every: Positive = field(100, "steps between checkpoints")
 
 
 class EndpointConfig(Section):
@@ -215,15 +222,23 @@ class AlignConfig(Section):
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = field("sigmoid", "preference loss")
     label_smoothing: float = field(0.0, "share of pairs taken to be mislabelled", ge=0.0, lt=0.5)
     length_normalise: bool = field(False, "divide log-probabilities by completion length")
+    margin: float = field(0.0, "lead in rewards demanded a unit of score gap (ODPO)", ge=0.0)
     nll_weight: float = field(0.0, "weight of the chosen text's negative log-likelihood", ge=0.0)
     reference_free: bool = field(False, "take the reference as uniform")
     learning_rate: float = field(1e-5, "peak learning rate", gt=0.0)
     warmup_fraction: float = field(0.1, "share of steps that raise the learning rate", ge=0.0, le=1)
+    decay: Literal["cosine", "linear", "constant"] = field(
+        "cosine", "how the learning rate falls after its peak"
+    )
     weight_decay: float = field(0.0, "decoupled weight decay of matrices", ge=0.0)
     max_grad_norm: float = field(1.0, "clip of the global gradient norm", gt=0.0)
     batch_pairs: Positive = field(32, "pairs an optimizer step")
     microbatch_pairs: Positive | None = field(None, "pairs a forward pass; null: batch_pairs")
     epochs: Positive = field(1, "passes over the pairs")
+    heldout_fraction: float = field(
+        0.05, "share of users whose pairs are evaluated and not trained on", ge=0.0, lt=1.0
+    )
+    max_shapes: Positive = field(4, "padded microbatch shapes, each a program to compile")
     remat: bool = field(True, "recompute activations in the backward pass")
     log_every: Positive = field(5, "steps between lines of metrics.jsonl")
     save_every: Positive = field(50, "steps between checkpoints")

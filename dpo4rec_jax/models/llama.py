@@ -27,6 +27,8 @@ from jaxtyping import Array, Float, Int
 from dpo4rec_jax.config import LoraConfig
 
 Params = Mapping[str, Any]
+
+INIT_DEVIATION = 0.02
 DTypeName = Literal["float32", "bfloat16"]
 
 
@@ -102,7 +104,9 @@ class Projection(nn.Module):
     ) -> Array:
         config, shape = self.config, (x_BTD.shape[-1], self.features)
         dot = functools.partial(jnp.dot, precision=config.precision)
-        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, config.param_dtype)
+        kernel = self.param(
+            "kernel", nn.initializers.normal(INIT_DEVIATION), shape, config.param_dtype
+        )
         y_BTO = dot(x_BTD, kernel.astype(x_BTD.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, shape[1:], config.param_dtype)
@@ -228,7 +232,7 @@ class Decoder(nn.Module):
     ) -> tuple[Array, Any]:
         config = self.config
         shape_VD = (config.vocab_size, config.width)
-        normal = nn.initializers.normal(0.02)
+        normal = nn.initializers.normal(INIT_DEVIATION)
         embed_VD = self.param("embed", normal, shape_VD, config.param_dtype)
         if not config.tied:
             self.param("unembed", normal, shape_VD[::-1], config.param_dtype)

@@ -68,6 +68,7 @@ class Trainer:
                             checkpoints.save(done, state, feed.position)
                     _advance(task, 1, **meter.shown)
             except Stopped:
+                meter.finish()
                 if checkpoints:
                     checkpoints.save(done, state, feed.position)
                     checkpoints.wait()
@@ -83,7 +84,11 @@ class Trainer:
         latest = checkpoints.latest() if checkpoints else None
         if checkpoints is None or latest is None:
             return state, 0
-        state, feed.position = checkpoints.restore(latest, like=state)
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
+        jax.tree.map(lambda leaf: leaf.delete(), state)  # never two states on the device
+        state, feed.position = checkpoints.restore(latest, like)
         self.log.rewind(int(state.step) + 1)
         return state, latest
 

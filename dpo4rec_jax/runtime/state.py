@@ -55,7 +55,7 @@ class TrainState:
     microbatch: Scalar  # microbatches seen, over the whole run
     skipped: Scalar  # steps skipped for a loss or gradient that was not finite
     skipped_in_a_row: Scalar
-    pending: Pending | None = None  # None where every step is one microbatch
+    pending: Any = None  # Pending; None where every step is one microbatch
 
 
 def create(

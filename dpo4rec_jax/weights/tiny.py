@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import tokenizers
 from jaxtyping import Array
 from tokenizers import decoders, models, pre_tokenizers
@@ -90,7 +91,22 @@ def make_tiny(config: PolicyConfig, words: Iterable[str], key: Array) -> Policy:
     dtype, param_dtype = resolve_dtypes(config.dtype, config.param_dtype)
     architecture = hf_config.parse_config(values, "tiny", dtype=dtype, param_dtype=param_dtype)
     generation = {key_: values[key_] for key_ in ("eos_token_id", "pad_token_id")}
-    params = llama.init(architecture, key)
+    params = _by_fan_in(llama.init(architecture, key), width)
     return Policy(
         architecture, params, tokenizer, stop_ids(tokenizer, generation), values, generation
     )
+
+
+def _by_fan_in(params: llama.Params, width: int) -> Any:
+    """Matrices scaled from the deviation that suits large models to 1 / sqrt(width).
+
+    Copying is a product of several matrices; from 0.02 at such widths it takes thousands of steps
+    to appear, from here tens.
+    """
+    factor = width**-0.5 / llama.INIT_DEVIATION
+
+    def scaled(path: tuple[Any, ...], leaf: Array) -> Array:
+        is_norm = "norm" in str(getattr(path[-1], "key", ""))
+        return leaf if is_norm else leaf * factor
+
+    return jax.tree_util.tree_map_with_path(scaled, params)

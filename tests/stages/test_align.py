@@ -1,0 +1,197 @@
+"""Stage align on a small random policy: what it leaves, logs, refuses, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from preference_pairs import (
+    align_stage,
+    compiled_once,  # noqa: F401
+    logged,
+    pair_lines,
+    save_tiny_policy,
+    stop_after,
+)
+
+from dpo4rec_jax.config import InputError
+from dpo4rec_jax.runtime.checkpoint import load_arrays
+from dpo4rec_jax.runtime.progress import Stopped
+from dpo4rec_jax.stages import align
+from dpo4rec_jax.weights import load_policy
+
+PAIRS = pair_lines(20)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    return save_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+def adapter(stage) -> bytes:
+    return (stage.directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(policy, tmp_path_factory):
+    options = {"epochs": 4, "microbatch_pairs": 2, "lora": {"rank": 4, "dropout": 0.1}}
+    stage = align_stage(tmp_path_factory.mktemp("run"), policy, PAIRS, align=options)
+    align.run(stage)
+    return stage
+
+
+def test_first_step_has_loss_log_two_and_no_rewards(finished):
+    first = next(line for line in logged(finished) if line["step"] == 1)
+    # Dropout on adapters whose B is zero changes nothing.
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for name in ("rewards/chosen", "rewards/rejected", "margin", "kl"):
+        assert first[name] == pytest.approx(0, abs=1e-5)
+
+
+def test_every_interval_logs_its_figures(finished):
+    steps = [line for line in logged(finished) if "grad_norm" in line]
+    assert [line["step"] for line in steps] == list(range(1, 21))  # 19 pairs: 5 steps an epoch
+    expected = {*align.FIGURES, "loss", "grad_norm", "learning_rate", "pairs_per_second"}
+    assert expected | {"tokens_per_second", "seconds_compiling"} <= steps[-1].keys()
+    assert steps[-1]["grad_norm"] > 0
+
+
+def test_training_raises_margin_and_accuracy_and_lowers_the_loss(finished):
+    steps = [line for line in logged(finished) if "grad_norm" in line]
+    last = steps[-5:]
+    assert np.mean([line["loss"] for line in last]) < math.log(2) - 0.01
+    assert np.mean([line["margin"] for line in last]) > 0.01
+    assert np.mean([line["accuracy"] for line in last]) > 0.6
+
+
+def test_held_out_pairs_are_evaluated_before_and_after(finished):
+    summary = json.loads((finished.directory / "summary.json").read_text())
+    assert (summary["pairs"], summary["pairs_held_out"], summary["steps"]) == (19, 1, 20)
+    assert summary["before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary["after"]["loss"] != summary["before"]["loss"]
+    assert summary["reward_accuracy"] == summary["after"]["accuracy"]
+    held_out = [line for line in logged(finished) if "heldout/loss" in line]
+    assert [line["step"] for line in held_out] == [0, 20]
+
+
+def test_adapter_loads_as_the_policy_of_the_next_round(finished, policy):
+    before, after = (
+        load_policy(policy),
+        load_policy(
+            *finished.workspace.policy_source(finished.config, 1)[:1],
+            adapters=finished.workspace.policy_source(finished.config, 1)[1],
+        ),
+    )
+    tokens, length = np.array([[7, 8, 9]], np.int32), np.array([3], np.int32)
+    assert not np.allclose(before.logits(tokens, length), after.logits(tokens, length))
+
+
+def test_checkpoints_are_gone_once_their_result_is_saved(finished):
+    names = {path.name for path in finished.directory.iterdir()}
+    assert names == {"adapter", "before.json", "reference.npz", "summary.json"}
+
+
+@pytest.mark.parametrize("advances", [29, 33])
+def test_killed_run_continues_to_the_same_bits(finished, policy, tmp_path, advances):
+    """Stopped in the middle of an accumulation as well: a step is two microbatches."""
+    stage = align_stage(tmp_path, policy, PAIRS, align=finished.config.align.model_dump())
+    stop_after(stage, advances)
+    with pytest.raises(Stopped):
+        align.run(stage)
+    assert not (stage.directory / "adapter").exists()
+    kept = [int(path.name) for path in (stage.directory / "checkpoints").iterdir()]
+    assert max(kept) > 2
+    stage.progress.stop_requested.clear()
+    align.run(stage)
+    assert adapter(stage) == adapter(finished)
+    steps = [line["step"] for line in logged(stage) if "grad_norm" in line]
+    assert steps == list(range(1, 21))
+
+
+def test_reference_is_computed_once_and_kept_under_weights_and_tokens(finished, policy, tmp_path):
+    kept = finished.directory / "reference.npz"
+    stage = align_stage(tmp_path, policy, PAIRS)
+    (stage.directory / "reference.npz").write_bytes(kept.read_bytes())
+    rows = align.rows_of(align.read_pairs(tmp_path / "round0" / "prefer" / "pairs.jsonl"))
+    loaded = load_policy(policy)
+    tuning = align.tuning_of(stage.config, loaded, None, remat=False)
+
+    def forbidden(*_):
+        raise AssertionError("computed again")
+
+    object.__setattr__(tuning, "policy_logps", forbidden)
+    with np.load(kept) as file:
+        np.testing.assert_array_equal(
+            align.reference_logps(stage, tuning, rows, size=2), file["logp_BP"]
+        )
+    other = align.rows_of(align.read_pairs(tmp_path / "round0" / "prefer" / "pairs.jsonl")[1:])
+    with pytest.raises(AssertionError, match="computed again"):
+        align.reference_logps(stage, tuning, other, size=2)
+
+
+def weights(stage):
+    return load_arrays(stage.directory / "policy" / "model.safetensors")
+
+
+def test_full_fine_tuning_is_the_same_in_one_batch_and_in_unequal_microbatches(policy, tmp_path):
+    """Batches of 6 in microbatches of 4 and 2, the last one padded; and 19 = 3 x 6 + 1."""
+    options = {"method": "full", "batch_pairs": 6, "weight_decay": 0.1}
+    whole = align_stage(tmp_path / "whole", policy, PAIRS, align=options)
+    cut = align_stage(tmp_path / "cut", policy, PAIRS, align=options | {"microbatch_pairs": 4})
+    align.run(whole)
+    align.run(cut)
+    before = load_arrays(policy / "model.safetensors")
+    for name, value in weights(whole).items():
+        np.testing.assert_allclose(weights(cut)[name], value, atol=2e-5, err_msg=name)
+    assert not np.allclose(
+        weights(whole)["model.embed_tokens.weight"], before["model.embed_tokens.weight"]
+    )
+
+
+def test_run_that_diverges_stops_with_what_to_change(policy, tmp_path):
+    stage = align_stage(
+        tmp_path,
+        policy,
+        PAIRS,
+        align={"method": "full", "learning_rate": 1e30, "epochs": 4, "warmup_fraction": 0.0},
+    )
+    with pytest.raises(InputError, match=r"not finite in 5 steps in a row.*align\.learning_rate"):
+        align.run(stage)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: [], r"no pairs to train on"),
+        (lambda lines: ["{", *lines], r"pairs\.jsonl:1: not a pair"),
+        (lambda lines: [*lines, '{"prompt_tokens": [1]}'], r"pairs\.jsonl:21: not a pair"),
+        (
+            lambda lines: [json.dumps(json.loads(lines[0]) | {"chosen_tokens": []})],
+            r"pairs\.jsonl:1: a prompt or completion without tokens",
+        ),
+        (
+            lambda lines: [json.dumps(json.loads(lines[0]) | {"chosen_tokens": [10**6]})],
+            r"pairs\.jsonl:1: expected token ids below 26, got 1000000",
+        ),
+    ],
+)
+def test_damaged_pairs_are_the_users_one_line(policy, tmp_path, damage, message):
+    stage = align_stage(tmp_path, policy, PAIRS)
+    path = tmp_path / "round0" / "prefer" / "pairs.jsonl"
+    path.write_text("".join(f"{line}\n" for line in damage(path.read_text().splitlines())))
+    with pytest.raises(InputError, match=message):
+        align.run(stage)
+
+
+def test_held_out_users_are_held_out_with_all_their_pairs():
+    pairs = [align.Pair(f"u{number // 2}", (1,), (2,), (3,), 0.1) for number in range(40)]
+    held_out = align.held_out_rows(pairs, 0.1, seed=0)
+    assert held_out.sum() == 4
+    assert {pairs[i].user for i in np.flatnonzero(held_out)}.isdisjoint(
+        pairs[i].user for i in np.flatnonzero(~held_out)
+    )
+    assert not align.held_out_rows(pairs[:10], 0.1, seed=0).any()
+    assert not align.held_out_rows(pairs, 0.0, seed=0).any()
