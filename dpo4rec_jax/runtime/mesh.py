@@ -14,12 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dpo4rec_jax.config import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
+
+WHOLE = ()  # of any rank, a copy on every device
 
 # (pattern of the whole path, axes of its dimensions). The leading None of `layers/` is the stack.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -37,6 +39,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/(q|k|v|gate|up)/b", (None, None, "tensor")),
     (r"layers/(o|down)/a", (None, "tensor", None)),
     (r"layers/(o|down)/b", (None, None, "fsdp")),
+    # Encoder and re-rankers are small beside what they read: their batches are split, not they.
+    (r"(bert|reranker)/.+", WHOLE),
 )
 
 
@@ -59,13 +63,17 @@ def make_mesh(sizes: Mapping[str, int], devices: list[Any] | None = None) -> Mes
     return Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of one parameter; a dimension that its axis does not divide stays whole.
 
     Raises InputError for a path that no rule (or one of another rank) matches.
     """
     for pattern, axes in RULES:
-        if re.fullmatch(pattern, path) and len(axes) == len(shape):
+        if not re.fullmatch(pattern, path):
+            continue
+        if axes == WHOLE:
+            return PartitionSpec()
+        if len(axes) == len(shape):
             sizes = [1 if axis is None else mesh.shape[axis] for axis in axes]
             return PartitionSpec(
                 *(
@@ -79,11 +87,14 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     )
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf (arrays or ShapeDtypeStructs) of a nested dict of parameters."""
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, root: str = "") -> Any:
+    """The sharding of every leaf (arrays or ShapeDtypeStructs) of a nested dict of parameters.
+
+    `root` is what the rules call the tree: "" the policy and its adapters, "bert/", "reranker/".
+    """
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(part, "key", part)) for part in path)
+        name = root + "/".join(str(getattr(part, "key", part)) for part in path)
         return NamedSharding(mesh, spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)

@@ -44,7 +44,12 @@ def build(metadata: Mapping[str, Any], path: Path) -> Any:
             "directory in policy.tokenizer"
         )
     types = ggml.get("token_type") or [NORMAL] * len(tokens)
-    backend = _byte_level(ggml, path) if kind == "gpt2" else _sentencepiece(ggml, types)
+    try:
+        backend = _byte_level(ggml, path) if kind == "gpt2" else _sentencepiece(ggml, types)
+    except InputError:
+        raise
+    except Exception as error:  # KeyError, and what the tokenizers library raises
+        raise InputError(f"{path}: the tokenizer cannot be rebuilt: {error}") from None
     added = [
         tokenizers.AddedToken(token, special=token_type == CONTROL, normalized=False)
         for token, token_type in zip(tokens, types, strict=True)
