@@ -20,19 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammaln
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Int, Num
 
 Array = jax.Array | np.ndarray
 Convention = Literal["kar", "standard"]
 
 
-@partial(jax.jit, static_argnames=("k", "convention"))
+@partial(jax.jit, static_argnames="convention")
 def ndcg(
     scores: Float[Array, "*batch N"],
     labels: Num[Array, "*batch N"],
     *,
     where: Bool[Array, "*batch N"] | None = None,
-    k: int,
+    k: int | Int[Array, ""],
     convention: Convention = "kar",
 ) -> Float[jax.Array, "*batch"]:
     """Normalised discounted cumulative gain at k, gain 2^label - 1, discount log2(1 + position).
@@ -42,7 +42,8 @@ def ndcg(
     """
     score_N, label_N, where_N = _prepared(scores, labels, where)
     gain_N = jnp.where(where_N, jnp.exp2(label_N) - 1.0, 0.0)
-    rank_N, tied_N = _rank_and_ties(score_N, where_N)
+    above_NN, equal_NN = _compared(score_N, where_N)
+    rank_N, tied_N = above_NN.sum(-1), equal_NN.sum(-1)
 
     position_N = jnp.arange(1, score_N.shape[-1] + 1, dtype=jnp.float32)
     discount_N = jnp.where(position_N <= k, 1.0 / jnp.log2(1.0 + position_N), 0.0)
@@ -57,13 +58,13 @@ def ndcg(
     return jnp.where(ideal > 0, dcg / jnp.where(ideal > 0, ideal, 1.0), empty)
 
 
-@partial(jax.jit, static_argnames=("k", "convention"))
+@partial(jax.jit, static_argnames="convention")
 def average_precision(
     scores: Float[Array, "*batch N"],
     labels: Num[Array, "*batch N"],
     *,
     where: Bool[Array, "*batch N"] | None = None,
-    k: int,
+    k: int | Int[Array, ""],
     convention: Convention = "kar",
 ) -> Float[jax.Array, "*batch"]:
     """Average precision at k; a label above 0 is a positive.
@@ -75,92 +76,75 @@ def average_precision(
     """
     score_N, label_N, where_N = _prepared(scores, labels, where)
     positive_N = (label_N > 0) & where_N
-    num_positives = positive_N.sum(-1)
-    rank_N, tied_N = _rank_and_ties(score_N, where_N)
-    above_NN = _above(score_N, where_N)
-    equal_NN = _equal(score_N, where_N)
-    hits_above_N = (above_NN & positive_N[..., None, :]).sum(-1)
-    hits_tied_N = (equal_NN & positive_N[..., None, :]).sum(-1)
+    above_NN, equal_NN = _compared(score_N, where_N)
+    group_N4 = jnp.stack(
+        [
+            above_NN.sum(-1),
+            equal_NN.sum(-1),
+            (above_NN & positive_N[..., None, :]).sum(-1),
+            (equal_NN & positive_N[..., None, :]).sum(-1),
+        ],
+        axis=-1,
+    ).astype(jnp.float32)
+    # Of the tied group at each position of the ranking: how many stand before it and in it, and
+    # how many positives before it and in it.
+    order_N = jnp.argsort(jnp.where(where_N, -score_N, jnp.inf), axis=-1)
+    group_N4 = jnp.take_along_axis(group_N4, order_N[..., None], axis=-2)
+    start_N, size_N, before_N, inside_N = jnp.moveaxis(group_N4, -1, 0)
 
-    depth = min(k, score_N.shape[-1])
-    order_K = jnp.argsort(jnp.where(where_N, -score_N, jnp.inf), axis=-1)[..., :depth]
-    start_K, size_K, before_K, inside_K = (
-        jnp.take_along_axis(x_N, order_K, axis=-1).astype(jnp.float32)
-        for x_N in (rank_N, tied_N, hits_above_N, hits_tied_N)
+    position_N = jnp.broadcast_to(
+        jnp.arange(1, score_N.shape[-1] + 1, dtype=jnp.float32), start_N.shape
     )
-    shown = jnp.minimum(where_N.sum(-1), depth)
-    position_K = jnp.broadcast_to(jnp.arange(1, depth + 1, dtype=jnp.float32), start_K.shape)
-    real_K = position_K <= shown[..., None]
+    shown = jnp.minimum(where_N.sum(-1), k)[..., None]
+    real_N = position_N <= shown
+    # E[positive at p, times precision at p] where the group's positives stand in random order.
+    others_N = (position_N - start_N - 1.0) * (inside_N - 1.0) / jnp.maximum(size_N - 1.0, 1.0)
+    share_N = inside_N / jnp.maximum(size_N, 1.0)
+    expected_N = jnp.where(real_N, share_N * (before_N + 1.0 + others_N) / position_N, 0.0)
     if convention == "standard":
-        expected_K = _expected_precision(position_K, start_K, size_K, before_K, inside_K)
-        total = jnp.where(real_K, expected_K, 0.0).sum(-1)
-        possible = jnp.minimum(num_positives, k)
-        return jnp.where(possible > 0, total / jnp.maximum(possible, 1), jnp.nan)
+        possible = jnp.minimum(positive_N.sum(-1), k)
+        return jnp.where(possible > 0, expected_N.sum(-1) / jnp.maximum(possible, 1), jnp.nan)
 
+    # The same for the last group shown, given that m of its positives fall within its c places.
     last = jnp.maximum(shown - 1, 0)[..., None]
-    start, size, before, inside = (
-        jnp.take_along_axis(x_K, last, axis=-1) for x_K in (start_K, size_K, before_K, inside_K)
-    )
-    slots = shown[..., None] - start  # of the last group, how many stand within k
-    in_last_K = start_K == start
-    whole_K = _expected_precision(position_K, start_K, size_K, before_K, inside_K)
-    whole = jnp.where(real_K & ~in_last_K, whole_K, 0.0).sum(-1)
-    # axis M: how many positives of the last group fall within k
-    found_M = jnp.broadcast_to(
-        jnp.arange(depth + 1, dtype=jnp.float32), (*start_K.shape[:-1], depth + 1)
-    )
-    cut_MK = _expected_precision(
-        position_K[..., None, :],
-        start_K[..., None, :],
-        slots[..., None],
-        before_K[..., None, :],
-        found_M[..., None],
-    )
-    cut_M = jnp.where((real_K & in_last_K)[..., None, :], cut_MK, 0.0).sum(-1)
-    divisor_M = before + found_M
-    value_M = (whole[..., None] + cut_M) / jnp.maximum(divisor_M, 1.0)
-    weight_M = _hypergeometric(found_M, slots, inside, size)
-    return jnp.where(weight_M > 0, weight_M * value_M, 0.0).sum(-1)
+    start, size, before, inside = jnp.moveaxis(jnp.take_along_axis(group_N4, last, -2), -1, 0)
+    in_last_N = real_N & (start_N == start)
+    whole = jnp.where(in_last_N, 0.0, expected_N).sum(-1, keepdims=True)
+    inverse = jnp.where(in_last_N, 1.0 / position_N, 0.0)
+    at_first = (before + 1.0) * inverse.sum(-1, keepdims=True)
+    later = ((position_N - start - 1.0) * inverse).sum(-1, keepdims=True)
+    places = shown - start
+    found_M = jnp.concatenate([jnp.zeros_like(position_N[..., :1]), position_N], axis=-1)
+    others_M = later * (found_M - 1.0) / jnp.maximum(places - 1.0, 1.0)
+    cut_M = found_M / jnp.maximum(places, 1.0) * (at_first + others_M)
+    value_M = (whole + cut_M) / jnp.maximum(before + found_M, 1.0)
+    return (_hypergeometric(found_M, places, inside, size) * value_M).sum(-1)
 
 
-def _prepared(scores: Array, labels: Array, where: Array | None) -> tuple[Array, Array, Array]:
+def _prepared(
+    scores: Array, labels: Array, where: Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     where = jnp.ones(scores.shape, bool) if where is None else jnp.asarray(where)
     scores = jnp.asarray(scores, jnp.float32)
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     return scores, jnp.where(where, labels, 0).astype(jnp.float32), where
 
 
-def _above(score_N: Array, where_N: Array) -> Array:
-    """[..., i, j]: candidate j stands strictly above candidate i."""
-    return (score_N[..., None, :] > score_N[..., :, None]) & where_N[..., None, :]
+def _compared(score_N: jax.Array, where_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., i, j]: real candidate j stands strictly above candidate i; shares its score."""
+    other_N, own_N, real_N = score_N[..., None, :], score_N[..., :, None], where_N[..., None, :]
+    return (other_N > own_N) & real_N, (other_N == own_N) & real_N
 
 
-def _equal(score_N: Array, where_N: Array) -> Array:
-    return (score_N[..., None, :] == score_N[..., :, None]) & where_N[..., None, :]
-
-
-def _rank_and_ties(score_N: Array, where_N: Array) -> tuple[Array, Array]:
-    """How many stand strictly above each candidate, and how many share its score (itself too)."""
-    return _above(score_N, where_N).sum(-1), _equal(score_N, where_N).sum(-1)
-
-
-def _expected_precision(position, start, size, before, positives):
-    """E[positive at p and precision at p], in a group of `size` equal scores after `start` others.
-
-    `before` positives stand above the group and `positives` in it, in random order.
-    """
-    others = (position - start - 1.0) * (positives - 1.0) / jnp.maximum(size - 1.0, 1.0)
-    at_position = positives / jnp.maximum(size, 1.0)
-    return at_position * (before + 1.0 + others) / position
-
-
-def _hypergeometric(found, drawn, positives, size):
-    """P(found positives among drawn of size, positives of which are positive)."""
-    possible = (found <= positives) & (found <= drawn) & (drawn - found <= size - positives)
+def _hypergeometric(
+    found_M: jax.Array, drawn: jax.Array, positives: jax.Array, size: jax.Array
+) -> jax.Array:
+    """P(found positives among drawn of size, positives of which are positive); sums to 1."""
 
     def log_choose(n, m):
         m = jnp.clip(m, 0.0, n)
         return gammaln(n + 1.0) - gammaln(m + 1.0) - gammaln(n - m + 1.0)
 
-    log_p = log_choose(positives, found) + log_choose(size - positives, drawn - found)
-    return jnp.where(possible, jnp.exp(log_p - log_choose(size, drawn)), 0.0)
+    possible_M = (found_M <= jnp.minimum(positives, drawn)) & (drawn - found_M <= size - positives)
+    log_p_M = log_choose(positives, found_M) + log_choose(size - positives, drawn - found_M)
+    return jax.nn.softmax(jnp.where(possible_M, log_p_M, -1e9), axis=-1)

@@ -20,7 +20,7 @@ import optax
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
-from dpo4rec_jax.runtime.optimizer import adamw, learning_rate_schedule
+from dpo4rec_jax.runtime.optimizer import learning_rate_schedule
 
 Tree = Any
 
@@ -32,15 +32,16 @@ CAPACITY_STEP = 128
 class Problem:
     """What is fitted, as pure functions of one member. Hashable, so programs are compiled once.
 
-    `loss(params, data, index_B, epoch_key, step_key, capacity) -> loss_B` of the examples at
-    `index_B`; `epoch_key` is the same all epoch, `step_key` the step's own.
+    `loss(params, data, drawn, index_B, key, capacity) -> loss_B` of the examples at `index_B`.
     `validate(params, data) -> scalar`, larger is better.
+    `draw(data, key) -> drawn`, once an epoch: what its random choices need.
     `demand(data, index_B) -> integer` is the static size that a batch needs (distinct items, say);
     the largest of an epoch, rounded up, is the `capacity` that `loss` is compiled for.
     """
 
     loss: Callable[..., jax.Array]
     validate: Callable[..., jax.Array]
+    draw: Callable[[Tree, jax.Array], Tree] = lambda data, key: ()
     demand: Callable[..., jax.Array] | None = None
 
 
@@ -54,9 +55,7 @@ class Schedule:
     weight_decay: float = 0.0
     warmup_fraction: float = 0.05
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    max_grad_norm: float = 1e6
     patience: int = 3
-    members: Literal["auto", "vmap", "map"] = "auto"
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         schedule = learning_rate_schedule(
@@ -65,7 +64,8 @@ class Schedule:
             warmup_fraction=self.warmup_fraction,
             decay=self.decay,
         )
-        return adamw(schedule, max_grad_norm=self.max_grad_norm, weight_decay=self.weight_decay)
+        # On one flat vector: a kernel instead of one a leaf, in compiling as in running.
+        return optax.flatten(optax.adamw(schedule, weight_decay=self.weight_decay))
 
 
 @struct.dataclass
@@ -122,7 +122,7 @@ def fit(
     )
     losses, validations, capacity = [], [], 0
     for epoch in range(schedule.epochs):
-        order_RSB = _shuffled(pool_RT, state.key, epoch, steps)
+        order_RSB = _shuffled(pool_RT, state.key, jnp.int32(epoch), steps)
         if problem.demand is not None:
             need = int(_largest_demand(problem.demand, data, order_RSB))
             capacity = max(capacity, -(-need // CAPACITY_STEP) * CAPACITY_STEP)
@@ -158,7 +158,7 @@ def _pools(draws_RL: np.ndarray, batch: int) -> tuple[jax.Array, int]:
 
 
 @partial(jax.jit, static_argnums=3)
-def _shuffled(pool_RT: jax.Array, key_R: jax.Array, epoch: int, steps: int) -> jax.Array:
+def _shuffled(pool_RT: jax.Array, key_R: jax.Array, epoch: jax.Array, steps: int) -> jax.Array:
     """Batches of an epoch; the padding is shuffled in, so that all batches are about as full."""
 
     def one(pool_T, key):
@@ -189,18 +189,17 @@ def _epoch(
 
     def train(state: Member, order_SB: jax.Array):
         epoch_key = jax.random.fold_in(state.key, 2 * epoch + 1)
+        drawn = problem.draw(data, epoch_key)
 
         def batch_loss(params, index_B, step_key):
             real_B = index_B >= 0
-            loss_B = problem.loss(
-                params, data, jnp.maximum(index_B, 0), epoch_key, step_key, capacity
-            )
+            loss_B = problem.loss(params, data, drawn, jnp.maximum(index_B, 0), step_key, capacity)
             return jnp.where(real_B, loss_B, 0.0).sum() / jnp.maximum(real_B.sum(), 1)
 
         def step(carry, now):
             params, moments = carry
             index_B, number = now
-            step_key = jax.random.fold_in(epoch_key, number)
+            step_key = jax.random.fold_in(epoch_key, number + 1)
             loss, grads = jax.value_and_grad(batch_loss)(params, index_B, step_key)
             updates, moments = optimizer.update(grads, moments, params)
             return (optax.apply_updates(params, updates), moments), loss
@@ -212,9 +211,7 @@ def _epoch(
         state = _keep_best(state, validation, epoch, schedule.patience)
         return state, loss_S.mean(), validation
 
-    if _vmapped(schedule.members):
-        return jax.vmap(train)(state_R, order_RSB)
-    return jax.lax.map(lambda member: train(*member), (state_R, order_RSB))
+    return jax.vmap(train)(state_R, order_RSB)
 
 
 def _keep_best(state: Member, validation: jax.Array, epoch: jax.Array, patience: int) -> Member:
@@ -229,8 +226,3 @@ def _keep_best(state: Member, validation: jax.Array, epoch: jax.Array, patience:
         best_epoch=jnp.where(better, epoch, state.best_epoch),
         stale=jnp.where(better, 0, state.stale + 1),
     )
-
-
-def _vmapped(members: str) -> bool:
-    """On CPU a batch of small products runs no faster than one after the other, and caches less."""
-    return members == "vmap" or (members == "auto" and jax.default_backend() != "cpu")

@@ -57,14 +57,13 @@ def list_metrics(
 
     def reduce(score_BCN, label_BCN, mask_BCN):
         score_BN, label_BN, mask_BN = score_BCN[:, 0], label_BCN[:, 0], mask_BCN[:, 0]
-        return {
-            f"{name}@{k}{suffix}": metric(
-                score_BN, label_BN, where=mask_BN, k=k, convention=convention
-            )
-            for name, metric in METRICS.items()
-            for k in CUTOFFS
-            for suffix, convention in (("", "kar"), ("_std", "standard"))
-        }
+        found = {}
+        for name, metric in METRICS.items():
+            for suffix, convention in (("", "kar"), ("_std", "standard")):
+                at = partial(metric, score_BN, label_BN, where=mask_BN, convention=convention)
+                value_KB = jax.vmap(lambda k, at=at: at(k=k))(jnp.array(CUTOFFS))
+                found |= {f"{name}@{k}{suffix}": value_KB[i] for i, k in enumerate(CUTOFFS)}
+        return found
 
     return jax.lax.map(lambda params: map_lists(config, params, lists, index_L, reduce), params_R)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +56,10 @@ def fit_arm(
         draws_RL[rank.seeds + fold] &= fold_U[prepared.user_L] != fold
 
     key = jax.random.key(seed)
-    member_keys = jax.random.split(jax.random.fold_in(key, 0), rank.seeds + folds)
-    params_R = jax.jit(jax.vmap(lambda key: reranker.init(config, key)))(member_keys)
+    params_R = _first_params(config, seed, rank.seeds + folds)
     data = FitData(lists, jnp.asarray(lists_in(prepared, VALIDATION)))
     fitted = fit(
-        problem_of(config, rank),
+        problem_of(config, rank.loss, rank.user_text),
         params_R,
         data,
         draws_RL,
@@ -74,6 +75,13 @@ def fit_arm(
     return Members(config, jax.device_get(fitted.params_R), rank.seeds, folds), fitted
 
 
+def _first_params(config: RerankerConfig, seed: int, members: int) -> Any:
+    # The backend's own generator compiles in half the time of the portable one.
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), members)
+    init = jax.jit(functools.partial(reranker.init, config))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(init(key) for key in keys))
+
+
 def schedule_of(rank: RankConfig) -> Schedule:
     return Schedule(
         epochs=rank.epochs,
@@ -84,20 +92,30 @@ def schedule_of(rank: RankConfig) -> Schedule:
     )
 
 
-def problem_of(config: RerankerConfig, rank: RankConfig) -> Problem:
+@functools.cache  # the same problem is the same compiled program, in every round
+def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Problem:
     """The loss of a batch of lists and the validation ndcg@5, as functions of one member."""
 
-    def loss(params, data: FitData, index_B, epoch_key, step_key, capacity):
+    def draw(data: FitData, key: jax.Array):
+        """The text by which each user is shown in this epoch."""
+        if data.lists.count_U is None or user_text != "any":
+            return None
+        return drawn_texts(data.lists.count_U, key)
+
+    def loss(params, data: FitData, text_U, index_B, key, capacity):
         lists = data.lists
-        sample_B = None
-        if lists.count_U is not None and rank.user_text == "any":
-            sample_B = drawn_texts(lists, lists.user_L[index_B], epoch_key)
-        key = step_key if config.dropout else None
+        sample_B = None if text_U is None else text_U[lists.user_L[index_B]]
         score_BN = score_batch(
-            config, params, lists, index_B, sample_B, capacity=capacity or None, key=key
+            config,
+            params,
+            lists,
+            index_B,
+            sample_B,
+            capacity=capacity or None,
+            key=key if config.dropout else None,
         )
         label_BN, mask_BN = lists.label_LN[index_B], lists.mask_LN[index_B]
-        return listwise_loss(score_BN, label_BN, where=mask_BN, kind=rank.loss)
+        return listwise_loss(score_BN, label_BN, where=mask_BN, kind=loss_kind)
 
     def validate(params, data: FitData):
         def mean_ndcg(score_BCN, label_BCN, mask_BCN):
@@ -108,14 +126,10 @@ def problem_of(config: RerankerConfig, rank: RankConfig) -> Problem:
     def demand(data: FitData, index_B):
         return count_distinct(data.lists, index_B)
 
-    return Problem(loss, validate, demand if config.item_features else None)
+    return Problem(loss, validate, draw, demand if config.item_features else None)
 
 
-def drawn_texts(lists: Lists, user_B: jax.Array, epoch_key: jax.Array) -> jax.Array:
-    """One of each user's texts at random, the same for all of a user's lists in an epoch."""
-
-    def draw(user, count):
-        return jax.random.randint(jax.random.fold_in(epoch_key, user), (), 0, count)
-
-    assert lists.count_U is not None
-    return jax.vmap(draw)(user_B, jnp.maximum(lists.count_U[user_B], 1))
+def drawn_texts(count_U: jax.Array, key: jax.Array) -> jax.Array:
+    """One of each user's texts at random; 0 for a user without."""
+    share_U = jax.random.uniform(key, count_U.shape)
+    return jnp.minimum((share_U * count_U).astype(jnp.int32), jnp.maximum(count_U - 1, 0))

@@ -1,0 +1,228 @@
+"""Re-rankers: invariances of every backbone, parity of the GRU, and one adaptor for all leading
+axes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo4rec_jax.models import lists as device_lists
+from dpo4rec_jax.models import reranker
+from dpo4rec_jax.models.adaptor import ADAPTORS
+from dpo4rec_jax.models.dlcm import GRU
+from dpo4rec_jax.models.lists import Lists
+from dpo4rec_jax.models.reranker import BACKBONES, RerankerConfig
+
+ITEMS, LISTS, N, FEATURES, SAMPLES = 30, 6, 8, 12, 3
+SIZES = (5, 100)  # one attribute by multi-hot rows, one by lookup
+
+
+def make(backbone: str, knowledge: bool = True, **changes):
+    """A config, parameters of ordinary size (biases too), and lists with padding."""
+    sizes = {"user_features": FEATURES, "item_features": FEATURES} if knowledge else {}
+    config = RerankerConfig(backbone, ITEMS, SIZES, N, **(sizes | changes))
+    shapes = jax.eval_shape(lambda: reranker.init(config, jax.random.key(0)))
+    random = np.random.default_rng(0)
+
+    def draw(shape):
+        scale = shape.shape[0] ** -0.5 if len(shape.shape) > 1 else 0.3
+        return random.normal(scale=scale, size=shape.shape).astype(np.float32)
+
+    return config, jax.tree.map(draw, shapes), make_lists(knowledge)
+
+
+def make_lists(knowledge: bool = True) -> Lists:
+    random = np.random.default_rng(1)
+    attribute = np.stack([random.integers(-1, size, (ITEMS, 2)) for size in SIZES], axis=1)
+    vectors = {
+        "user_UCF": jnp.asarray(random.normal(size=(4, SAMPLES, FEATURES)), jnp.float32),
+        "count_U": jnp.full((4,), SAMPLES, jnp.int32),
+        "item_IF": jnp.asarray(random.normal(size=(ITEMS, FEATURES)), jnp.float32),
+    }
+    return Lists(
+        user_L=jnp.asarray(random.integers(0, 4, LISTS), jnp.int32),
+        item_LN=jnp.asarray(random.integers(0, ITEMS, (LISTS, N)), jnp.int32),
+        label_LN=jnp.asarray(random.integers(0, 2, (LISTS, N)), jnp.int8),
+        mask_LN=jnp.asarray(np.arange(N)[None] < random.integers(3, N + 1, LISTS)[:, None]),
+        attribute_IAM=jnp.asarray(attribute, jnp.int32),
+        **(vectors if knowledge else {}),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def score_and_gradient(config, params, lists, index):
+    """Scores, and the gradient of the sum of their squares: one program a backbone."""
+
+    def total(params):
+        score_BN = device_lists.score_batch(config, params, lists, index)
+        return (score_BN**2).sum(), score_BN
+
+    gradient, score_BN = jax.grad(total, has_aux=True)(params)
+    return score_BN, gradient
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="capacity")
+def score_some(config, params, lists, index, **options):
+    return device_lists.score_batch(config, params, lists, index, **options)
+
+
+def score(config, params, lists):
+    return score_and_gradient(config, params, lists, jnp.arange(LISTS))[0]
+
+
+def permuted(lists: Lists, order: np.ndarray) -> Lists:
+    return lists.replace(
+        **{name: getattr(lists, name)[:, order] for name in ("item_LN", "label_LN", "mask_LN")}
+    )
+
+
+@pytest.mark.parametrize("backbone", ["setrank", "setrank-isab"])
+def test_setrank_scores_move_with_their_candidates(backbone):
+    config, params, lists = make(backbone)
+    order = np.random.default_rng(2).permutation(N)
+    plain, moved = score(config, params, lists), score(config, params, permuted(lists, order))
+    np.testing.assert_allclose(moved, plain[:, order], atol=1e-5)
+    assert np.ptp(np.asarray(plain[0])) > 1e-3
+
+
+@pytest.mark.parametrize("backbone", ["prm", "dlcm"])
+def test_prm_and_dlcm_know_the_order_of_the_list(backbone):
+    config, params, lists = make(backbone)
+    order = np.arange(N)[::-1]
+    plain, moved = score(config, params, lists), score(config, params, permuted(lists, order))
+    assert np.abs(moved - plain[:, order]).max() > 1e-4
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_what_stands_in_the_padding_changes_no_score(backbone):
+    config, params, lists = make(backbone)
+    other = lists.replace(item_LN=jnp.where(lists.mask_LN, lists.item_LN, ITEMS - 1))
+    plain, changed = score(config, params, lists), score(config, params, other)
+    np.testing.assert_allclose(changed, plain, atol=1e-6)
+    assert not np.asarray(plain)[~np.asarray(lists.mask_LN)].any()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_list_that_is_all_padding_has_finite_scores_and_gradients(backbone):
+    config, params, lists = make(backbone)
+    lists = lists.replace(mask_LN=lists.mask_LN.at[0].set(False))
+    score_BN, gradient = score_and_gradient(config, params, lists, jnp.arange(LISTS))
+    assert jnp.isfinite(score_BN).all()
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_list_is_scored_the_same_in_any_batch_and_at_any_capacity():
+    config, params, lists = make("prm")
+    alone = score_some(config, params, lists, jnp.array([2]), capacity=N)
+    distinct = int(device_lists.count_distinct(lists, jnp.arange(LISTS)))
+    assert distinct == len(np.unique(np.asarray(lists.item_LN)))
+    together = score_some(config, params, lists, jnp.arange(LISTS), capacity=distinct)
+    np.testing.assert_allclose(together[2], alone[0], atol=1e-5)
+    np.testing.assert_allclose(together, score(config, params, lists), atol=1e-5)
+
+
+def test_texts_scored_from_tables_equal_texts_scored_in_a_batch():
+    config, params, lists = make("dlcm")
+
+    def from_tables(params, lists, index):
+        return device_lists.map_lists(
+            config, params, lists, index, lambda score, label, mask: score, SAMPLES, rows=12
+        )
+
+    index = jnp.array([5, 0, 3, 1, 2])  # not a multiple of the chunk
+    score_BCN = jax.jit(from_tables)(params, lists, index)
+    for sample in range(SAMPLES):
+        expected = score_some(config, params, lists, index, sample_B=jnp.full((5,), sample))
+        np.testing.assert_allclose(score_BCN[:, sample], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["user", "item"])
+def test_a_side_without_knowledge_has_no_adaptor(side):
+    _, params, _ = make("setrank", **{f"{side}_features": 0})
+    kept = {"user": "gate_item", "item": "gate_user"}[side]
+    assert kept in params["adaptor"] and f"gate_{side}" not in params["adaptor"]
+
+
+def test_without_knowledge_there_is_no_adaptor_at_all():
+    config, params, lists = make("setrank", knowledge=False)
+    assert "adaptor" not in params
+    assert score(config, params, lists).shape == (LISTS, N)
+
+
+@pytest.mark.parametrize("adaptor", ADAPTORS)
+def test_adaptors_take_any_leading_axes(adaptor):
+    config, params, lists = make("setrank", adaptor=adaptor)
+    assert lists.user_UCF is not None
+    adapted_UCO = reranker.adapt_users(config, params, lists.user_UCF)
+    alone_O = reranker.adapt_users(config, params, lists.user_UCF[1, 2])
+    assert adapted_UCO.shape == (4, SAMPLES, 32)
+    np.testing.assert_allclose(adapted_UCO[1, 2], alone_O, atol=1e-5)
+
+
+def test_hybrid_adaptor_is_the_gated_sum_of_shared_and_dedicated_perceptrons():
+    config, params, lists = make("setrank")
+    assert lists.item_IF is not None
+    x_F = np.asarray(lists.item_IF[3])
+    tree = jax.tree.map(np.asarray, params["adaptor"])
+    logit_E = x_F @ tree["gate_item"]["kernel"] + tree["gate_item"]["bias"]
+    gate_E = np.exp(logit_E) / np.exp(logit_E).sum()
+    expected, e = np.zeros(32), 0
+    for name, count in (("shared", 2), ("item", 5)):
+        hidden, out = tree[name]["hidden"], tree[name]["out"]["kernel"]
+        for n in range(count):
+            at = slice(128 * n, 128 * n + 128)
+            h = np.maximum(x_F @ hidden["kernel"][:, at] + hidden["bias"][at], 0)
+            expected += gate_E[e] * (h @ out[at] + tree[name]["bias"][n])
+            e += 1
+    np.testing.assert_allclose(
+        reranker.adapt_items(config, params, lists.item_IF)[3], expected, atol=1e-5
+    )
+
+
+def test_gru_equals_torchs_with_the_same_weights():
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(3, N, 5)), jnp.float32)
+    module = GRU(4)
+    mask = jnp.ones((3, N), bool)
+    variables = module.init(jax.random.key(0), x, mask)
+    params = jax.tree.map(
+        lambda leaf: random.normal(size=leaf.shape).astype(np.float32), variables["params"]
+    )
+    states, last = module.apply({"params": params}, x, mask)
+
+    theirs = torch.nn.GRU(5, 4, batch_first=True)
+    bias_hh = np.concatenate([np.zeros(8, np.float32), params["new_bias"]])
+    with torch.no_grad():
+        theirs.weight_ih_l0.copy_(torch.tensor(params["input"]["kernel"].T))
+        theirs.weight_hh_l0.copy_(torch.tensor(params["recurrent"].T))
+        theirs.bias_ih_l0.copy_(torch.tensor(params["input"]["bias"]))
+        theirs.bias_hh_l0.copy_(torch.tensor(bias_hh))
+        expected, expected_last = theirs(torch.tensor(np.asarray(x)))
+    np.testing.assert_allclose(states, expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(last, expected_last[0].numpy(), atol=1e-5)
+
+
+def test_gru_state_passes_padding_by():
+    module = GRU(4)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, N, 5)), jnp.float32)
+    mask = jnp.asarray(np.array([[True, False, True, True, False, False, False, False]]))
+    variables = module.init(jax.random.key(0), x, mask)
+    _, last = module.apply(variables, x, mask)
+    kept = x[:, [0, 2, 3]]
+    _, expected = module.apply(variables, kept, jnp.ones((1, 3), bool))
+    np.testing.assert_allclose(last, expected, atol=1e-6)
+
+
+def test_dropout_takes_a_key_and_drops_features_of_the_whole_list():
+    config, params, lists = make("prm", dropout=0.5)
+    first, again, second = (
+        score_some(config, params, lists, jnp.arange(LISTS), key=jax.random.key(seed))
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - second).max() > 1e-3
