@@ -69,7 +69,8 @@ def outline(
         from dpo4rec_jax.weights import gguf
 
         return gguf.outline(Path(path), dtypes, tokenizer)[:2]
-    return _outline_of(huggingface.find_directory(path), dtypes, tokenizer)[:2]
+    directory = huggingface.find_directory(path, weights=False)
+    return _outline_of(directory, dtypes, tokenizer)[:2]
 
 
 def _outline_of(

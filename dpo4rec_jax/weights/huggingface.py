@@ -38,7 +38,7 @@ _DERIVED = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|(bert\.)?embeddings\.position_ids"
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt"]
+_HUB_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 
 
 def slots(config: LlamaConfig) -> dict[str, Slot]:
@@ -78,8 +78,9 @@ def slots(config: LlamaConfig) -> dict[str, Slot]:
     return table
 
 
-def find_directory(path: str) -> Path:
-    """The local directory of a checkpoint: itself, or downloaded from the hub by its id.
+def find_directory(path: str, weights: bool = True) -> Path:
+    """The local directory of a checkpoint: itself, or downloaded from the hub by its id, without
+    its weights where they are not wanted.
 
     Raises InputError, one line, where there is neither.
     """
@@ -94,7 +95,8 @@ def find_directory(path: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(path, allow_patterns=_HUB_FILES))
+        patterns = _HUB_FILES + ["*.safetensors"] * weights
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # its own, requests' and httpx's errors alike
         reason = " ".join(str(error).split())[:200]
         raise InputError(
