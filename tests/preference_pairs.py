@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,10 @@ def compiled_once(tmp_path_factory) -> Iterator[None]:
     reset_cache()
 
 
-def save_tiny_policy(directory: Path, config: PolicyConfig = TINY) -> Path:
-    export.save_policy(tiny.make_tiny(config, WORDS, jax.random.key(1)), directory)
+def save_tiny_policy(
+    directory: Path, config: PolicyConfig = TINY, words: Iterable[str] = WORDS
+) -> Path:
+    export.save_policy(tiny.make_tiny(config, words, jax.random.key(1)), directory)
     return directory
 
 
@@ -72,7 +74,7 @@ def pair_lines(count: int, seed: int = 0, vocabulary: int = 20) -> list[dict[str
 def align_stage(path: Path, policy: Path | str, pairs: list[dict[str, Any]], **sections) -> Stage:
     """A stage whose workspace holds these pairs as round 0's."""
     align = {"learning_rate": 3e-3, "beta": 0.1, "batch_pairs": 4, "max_shapes": 1}
-    align |= {"log_every": 1, "save_every": 1}
+    align |= {"log_every": 1, "save_every": 3, "remat": False}
     values = {"policy": {"path": str(policy)}} | sections
     values["align"] = align | sections.get("align", {})
     workspace = Workspace(path)

@@ -37,7 +37,8 @@ def adapter(stage) -> bytes:
 
 @pytest.fixture(scope="module")
 def finished(policy, tmp_path_factory):
-    options = {"epochs": 4, "microbatch_pairs": 2, "lora": {"rank": 4, "dropout": 0.1}}
+    adapters = {"rank": 4, "dropout": 0.1, "targets": ["q", "up"]}
+    options = {"epochs": 4, "microbatch_pairs": 2, "lora": adapters}
     stage = align_stage(tmp_path_factory.mktemp("run"), policy, PAIRS, align=options)
     align.run(stage)
     return stage
