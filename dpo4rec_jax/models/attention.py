@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo4rec_jax.models import flash
@@ -99,12 +100,13 @@ class Causal:
     """Right-padded rows, each token seeing itself and those before it.
 
     With `keep_kv` the new cache is {"key": L B T K d, "value": ...}, keys rotated: a prefill.
-    What padded positions hold is finite and meaningless.
+    What padded positions hold is finite and meaningless. `mesh` is what splash runs on.
     """
 
     length_B: Int[Array, " B"]
     keep_kv: bool = flax.struct.field(pytree_node=False, default=False)
     implementation: Implementation = flax.struct.field(pytree_node=False, default="xla")
+    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
     def position_BT(self, num_tokens: int) -> Int[Array, "B T"]:
         """Positions 0, 1, ... of every row."""
@@ -126,7 +128,9 @@ class Causal:
             behind_TT = index_T[:, None] - index_T
             mask_TT = (behind_TT >= 0) & (behind_TT < (window or T))
             segment_BT = jnp.zeros(position_BT.shape, jnp.int32)
-            out_BTHd = flash.splash(query_BTHd, key_BTKd, value_BTKd, mask_TT, segment_BT)
+            out_BTHd = flash.splash(
+                query_BTHd, key_BTKd, value_BTKd, mask_TT, segment_BT, self.mesh
+            )
         elif self.implementation == "cudnn":
             out_BTHd = flash.cudnn_causal(query_BTHd, key_BTKd, value_BTKd, window)
         else:
@@ -141,6 +145,7 @@ class Shared:
 
     The prompt is causal; a completion sees the valid prompt and, causally, itself. Nothing between
     completions is computed. Valid positions equal those of C separate [prompt | completion] rows.
+    `mesh` is what splash runs on.
     """
 
     prompt_length_B: Int[Array, " B"]
@@ -149,6 +154,7 @@ class Shared:
     completions: int = flax.struct.field(pytree_node=False)
     completion_tokens: int = flax.struct.field(pytree_node=False)
     implementation: Implementation = flax.struct.field(pytree_node=False, default="xla")
+    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
     def position_BT(self) -> Int[Array, "B T"]:
         """Positions of the packed row: every completion continues where its prompt really ends."""
@@ -236,7 +242,8 @@ class Shared:
         mask_TT = causal_TT & ((part_T == part_T[:, None]) | (part_T == 0))
         index_T = jnp.arange(len(part_T))[None]
         padding_BT = (index_T >= self.prompt_length_B[:, None]) & (index_T < Tp)
-        return flash.splash(query, key, value, mask_TT, padding_BT.astype(jnp.int32))
+        segment_BT = padding_BT.astype(jnp.int32)
+        return flash.splash(query, key, value, mask_TT, segment_BT, self.mesh)
 
 
 def causal(

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo4rec_jax.models.llama import LlamaConfig
@@ -90,23 +90,28 @@ def splash(
     value_BTKd: Float[Array, "B T K d"],
     mask_TT: np.ndarray,
     segment_BT: Int[Array, "B T"],
+    mesh: Mesh | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T H d"]:
     """Self-attention under a static mask, within equal segments, by the splash kernel: blocks of
     128 x 128 tokens that the mask leaves empty are not computed. Every row of the mask must see
-    itself. On a mesh in context (`jax.set_mesh`) each device computes its own rows and heads."""
+    itself. On a mesh each device computes its own rows, and its own heads where they divide."""
     T = query_BTHd.shape[1]
     pad = -T % LANES
     mask_TT = np.pad(mask_TT, ((0, pad), (0, pad))) | np.eye(T + pad, dtype=bool)
     per_device = functools.partial(_splash, mask_TT=mask_TT, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
+    if mesh is not None and mesh.size > 1:
         # XLA cannot partition a Pallas kernel by itself.
-        heads = PartitionSpec(("data", "fsdp"), None, "tensor", None)
+        even = key_BTKd.shape[2] % mesh.shape["tensor"] == 0
+        heads = PartitionSpec(("data", "fsdp"), None, "tensor" if even else None, None)
         rows = PartitionSpec(("data", "fsdp"), None)
         per_device = jax.shard_map(
-            per_device, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+            per_device,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, rows),
+            out_specs=heads,
+            check_vma=False,
         )
     widths = ((0, 0), (0, pad), (0, 0), (0, 0))
     query, key, value = (jnp.pad(x, widths) for x in (query_BTHd, key_BTKd, value_BTKd))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -239,6 +244,44 @@ def test_splash_interpreted_equals_xla_with_gradients(
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)
 
 
+ON_EIGHT_DEVICES = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from dpo4rec_jax.models import flash
+from dpo4rec_jax.models.attention import Shared
+flash.splash = functools.partial(flash.splash, interpret=True)
+mesh = jax.make_mesh(
+    (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+)
+keys = jax.random.split(jax.random.key(0), 3)
+qkv = [jax.random.normal(k, (4, 128, n, 64)) for k, n in zip(keys, (4, 2, 2))]
+lengths = jnp.array([64, 50, 30, 1]), jnp.full((4, 2), 32)
+def run(qkv, lengths, implementation, mesh):
+    strategy = Shared(*lengths, 64, 2, 32, implementation, mesh)
+    return strategy(*qkv, strategy.position_BT())[0]
+run = jax.jit(run, static_argnums=(2, 3))
+expected = run(qkv, lengths, "xla", None)
+heads = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+got = run(jax.device_put(qkv, heads), lengths, "splash", mesh)
+real = (jnp.arange(128) >= 64) | (jnp.arange(128) < lengths[0][:, None])
+np.testing.assert_allclose(*(np.asarray(x)[np.asarray(real)] for x in (got, expected)), atol=1e-5)
+assert got.sharding.is_equivalent_to(heads, 4), got.sharding
+"""
+
+
+@pytest.mark.slow
+def test_splash_on_a_mesh_computes_each_devices_own_rows_and_heads() -> None:
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 CONFIG = LlamaConfig(97, 48, 80, 2, 4, 2, 64, dtype="bfloat16")
 
 
@@ -264,8 +307,6 @@ def test_choice_of_kernel_is_logged_in_one_line(
     says: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    import dataclasses
-
     config = dataclasses.replace(CONFIG, **changes)
     with caplog.at_level(logging.INFO):
         assert attention.choose(requested, config, backend) == expected
