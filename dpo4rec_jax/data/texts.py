@@ -62,18 +62,21 @@ def iterate_records(path: Path) -> Iterator[TextRecord]:
     return (record for _, record in _parsed(path, _record))
 
 
-def read_texts(path: str | Path, kind: Kind, known: Collection[str]) -> dict[str, list[str]]:
+def read_texts(
+    path: str | Path, kind: Kind, known: Collection[str] | None = None
+) -> dict[str, list[str]]:
     """Texts written elsewhere, by raw id: JSONL, plain or gz, of `{"user": id, "text": ...}`.
 
-    Lines of the other kind are passed over, and so are ids outside `known`. Several texts of one
-    id stand in the order of their `sample`, which defaults to their order in the file.
+    Lines of the other kind are passed over, and so are ids outside `known` (None: every id is
+    known). Several texts of one id stand in the order of their `sample`, which defaults to their
+    order in the file.
 
     Raises InputError, with file and line, for a line of another form or a sample given twice.
     """
-    path, known = Path(path), set(known)
+    path, known = Path(path), None if known is None else set(known)
     found: dict[str, dict[int, str]] = {}
     for number, (line_kind, id, sample, text) in _parsed(path, _foreign):
-        if line_kind != kind or id not in known:
+        if line_kind != kind or (known is not None and id not in known):
             continue
         samples = found.setdefault(id, {})
         place = len(samples) if sample is None else sample

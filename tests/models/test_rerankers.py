@@ -3,7 +3,9 @@ axes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +23,11 @@ ITEMS, LISTS, N, FEATURES, SAMPLES = 30, 6, 8, 12, 3
 SIZES = (5, 100)  # one attribute by multi-hot rows, one by lookup
 
 
-def make(backbone: str, knowledge: bool = True, **changes):
+def make(backbone: str, knowledge: bool = True, **changes: Any):
     """A config, parameters of ordinary size (biases too), and lists with padding."""
-    sizes = {"user_features": FEATURES, "item_features": FEATURES} if knowledge else {}
-    config = RerankerConfig(backbone, ITEMS, SIZES, N, **(sizes | changes))
+    features = FEATURES if knowledge else 0
+    config = RerankerConfig(backbone, ITEMS, SIZES, N, features, features)
+    config = replace(config, **changes)
     shapes = jax.eval_shape(lambda: reranker.init(config, jax.random.key(0)))
     random = np.random.default_rng(0)
 
@@ -75,8 +78,9 @@ def score(config, params, lists):
 
 
 def permuted(lists: Lists, order: np.ndarray) -> Lists:
-    return lists.replace(
-        **{name: getattr(lists, name)[:, order] for name in ("item_LN", "label_LN", "mask_LN")}
+    return replace(
+        lists,
+        **{name: getattr(lists, name)[:, order] for name in ("item_LN", "label_LN", "mask_LN")},
     )
 
 
@@ -100,7 +104,7 @@ def test_prm_and_dlcm_know_the_order_of_the_list(backbone):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_what_stands_in_the_padding_changes_no_score(backbone):
     config, params, lists = make(backbone)
-    other = lists.replace(item_LN=jnp.where(lists.mask_LN, lists.item_LN, ITEMS - 1))
+    other = replace(lists, item_LN=jnp.where(lists.mask_LN, lists.item_LN, ITEMS - 1))
     plain, changed = score(config, params, lists), score(config, params, other)
     np.testing.assert_allclose(changed, plain, atol=1e-6)
     assert not np.asarray(plain)[~np.asarray(lists.mask_LN)].any()
@@ -109,7 +113,7 @@ def test_what_stands_in_the_padding_changes_no_score(backbone):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_list_that_is_all_padding_has_finite_scores_and_gradients(backbone):
     config, params, lists = make(backbone)
-    lists = lists.replace(mask_LN=lists.mask_LN.at[0].set(False))
+    lists = replace(lists, mask_LN=lists.mask_LN.at[0].set(False))
     score_BN, gradient = score_and_gradient(config, params, lists, jnp.arange(LISTS))
     assert jnp.isfinite(score_BN).all()
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
@@ -142,7 +146,7 @@ def test_texts_scored_from_tables_equal_texts_scored_in_a_batch():
 
 @pytest.mark.parametrize("side", ["user", "item"])
 def test_a_side_without_knowledge_has_no_adaptor(side):
-    _, params, _ = make("setrank", **{f"{side}_features": 0})
+    _, params, _ = make("setrank", knowledge=True, **{f"{side}_features": 0})
     kept = {"user": "gate_item", "item": "gate_user"}[side]
     assert kept in params["adaptor"] and f"gate_{side}" not in params["adaptor"]
 
@@ -183,6 +187,10 @@ def test_hybrid_adaptor_is_the_gated_sum_of_shared_and_dedicated_perceptrons():
     )
 
 
+def apply(module: GRU, variables: Any, *arguments: Any) -> Any:
+    return module.apply(variables, *arguments)
+
+
 def test_gru_equals_torchs_with_the_same_weights():
     torch = pytest.importorskip("torch")
     random = np.random.default_rng(0)
@@ -193,7 +201,7 @@ def test_gru_equals_torchs_with_the_same_weights():
     params = jax.tree.map(
         lambda leaf: random.normal(size=leaf.shape).astype(np.float32), variables["params"]
     )
-    states, last = module.apply({"params": params}, x, mask)
+    states, last = apply(module, {"params": params}, x, mask)
 
     theirs = torch.nn.GRU(5, 4, batch_first=True)
     bias_hh = np.concatenate([np.zeros(8, np.float32), params["new_bias"]])
@@ -212,9 +220,9 @@ def test_gru_state_passes_padding_by():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, N, 5)), jnp.float32)
     mask = jnp.asarray(np.array([[True, False, True, True, False, False, False, False]]))
     variables = module.init(jax.random.key(0), x, mask)
-    _, last = module.apply(variables, x, mask)
+    _, last = apply(module, variables, x, mask)
     kept = x[:, [0, 2, 3]]
-    _, expected = module.apply(variables, kept, jnp.ones((1, 3), bool))
+    _, expected = apply(module, variables, kept, jnp.ones((1, 3), bool))
     np.testing.assert_allclose(last, expected, atol=1e-6)
 
 
