@@ -44,7 +44,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(sizes: Mapping[str, int], devices: list[Any] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[Any, int], devices: list[Any] | None = None) -> Mesh:
     """A mesh over all devices (or the given ones); one of the sizes may be -1: what is left.
 
     Raises InputError where the sizes do not multiply to the number of devices.

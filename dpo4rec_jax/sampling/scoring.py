@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dpo4rec_jax.config import LoraConfig
@@ -24,12 +25,14 @@ def completion_token_logps(
     lora_key: Array | None = None,
     remat: bool = False,
     implementation: Implementation = "xla",
+    mesh: Mesh | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Float[Array, "B C T"]:
     """log p(token | prompt, earlier tokens of its completion), nats, float32; 0 at padding.
 
     The row [prompt | completion 0 | ...] goes through the model once, so the prompt that C
     completions share is computed once. Its last token predicts the first token of each of them.
+    `mesh` is the one the rows lie on, for attention kernels that XLA cannot partition.
     """
     num_rows, num_completions, num_tokens = completion_BCT.shape
     attention = Shared(
@@ -39,6 +42,7 @@ def completion_token_logps(
         completions=num_completions,
         completion_tokens=num_tokens,
         implementation=implementation,
+        mesh=mesh,
     )
     tokens_BT = jnp.concatenate([prompt_BT, completion_BCT.reshape(num_rows, -1)], axis=1)
     hidden_BTD, _ = llama.apply(

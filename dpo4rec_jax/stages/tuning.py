@@ -71,6 +71,7 @@ class Tuning:
             lora_key=key if dropout else None,
             remat=self.remat,
             implementation=self.implementation,
+            mesh=self.mesh,
         )
 
     def policy_logps(self, batch: Batch) -> Float[Array, "B C"]:
