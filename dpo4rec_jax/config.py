@@ -73,6 +73,9 @@ class DataConfig(Section):
         "auto", "wording of the prompts; auto: told from name"
     )
     max_users: Positive | None = field(None, "keep the first so many users (file order); null: all")
+    order: Literal["second", "day"] = field(
+        "second", "sort a user's interactions by time, or by day, ties by file order, as KAR does"
+    )
     window: Positive | None = field(
         None, "cap of the knowledge window, interactions; null: 30 for movies, else 15"
     )

@@ -29,12 +29,14 @@ MAX_VALUES = 8
 
 SPLIT_STREAM, LISTS_STREAM = 1, 2
 
+SECONDS = {"second": 1, "day": 24 * 60 * 60}
+
 
 def assemble(
     raw: RawData, config: DataConfig, settings: Protocol, seed: int, domain: Domain
 ) -> Prepared:
     """Raises InputError where the lists asked for cannot be cut from the data."""
-    indexed = index(raw.interactions)
+    indexed = index(raw.interactions, SECONDS[config.order])
     window_U = window(indexed.length_U, settings.window)
     split_U = split_users(
         len(indexed.user_id),

@@ -67,13 +67,16 @@ def select(
     return interactions.filter(keep_E & suited_U[user_E])
 
 
-def index(interactions: pl.DataFrame) -> Indexed:
-    """Numbers users and items in order of first appearance and sorts by time."""
+def index(interactions: pl.DataFrame, resolution: int = 1) -> Indexed:
+    """Numbers users and items in order of first appearance and sorts by time.
+
+    Times within the same `resolution` seconds are ties, kept in file order.
+    """
     user_E, user_id = _codes(interactions["user"])
     item_E, item_id = _codes(interactions["item"])
     time_E = interactions["time"].to_numpy()
     rating_E = interactions["rating"].fill_null(float("nan")).to_numpy()
-    order_E = np.lexsort((time_E, user_E))
+    order_E = np.lexsort((time_E // resolution, user_E))
     return Indexed(
         user_id=user_id,
         item_id=item_id,

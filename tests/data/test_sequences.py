@@ -107,3 +107,11 @@ def test_what_leaves_nothing_is_an_input_error() -> None:
         select(single, min_user=9)
     with pytest.raises(InputError, match="expected interactions, got none"):
         select(table())
+
+
+def test_by_day_interactions_of_one_day_keep_the_order_of_the_file() -> None:
+    day = 24 * 60 * 60
+    rows = [("u", "a", day + 9, 1.0), ("u", "b", day + 5, 2.0), ("u", "c", 3, 3.0)]
+    interactions = table(*rows, ("u", "d", day + 7, 4.0))
+    assert index(interactions).rating_E.tolist() == [3.0, 2.0, 4.0, 1.0]
+    assert index(interactions, resolution=day).rating_E.tolist() == [3.0, 1.0, 2.0, 4.0]
