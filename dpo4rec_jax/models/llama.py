@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dpo4rec_jax.config import LoraConfig
@@ -29,6 +31,7 @@ from dpo4rec_jax.config import LoraConfig
 Params = Mapping[str, Any]
 
 INIT_DEVIATION = 0.02
+ROWS = ("data", "fsdp")  # mesh axes that split a batch
 DTypeName = Literal["float32", "bfloat16"]
 
 
@@ -89,6 +92,21 @@ class Attention(Protocol):
         cache_layer: Any,
         window: int | None = None,
     ) -> tuple[Float[Array, "B T H d"], Any]: ...
+
+
+def lay(x: Array, mesh: Mesh | None, *axes: Any) -> Array:
+    """The array laid out on the mesh by axes of its first dimensions, the others whole.
+
+    Left to itself XLA's partitioner takes parameters split over `fsdp` for a split of the width
+    and sums activations between devices, where the parameters should be gathered.
+    """
+    if mesh is None:
+        return x
+    for size, names in zip(x.shape, axes, strict=False):
+        names = names if isinstance(names, tuple) else (names,) * (names is not None)
+        if size % math.prod(mesh.shape[name] for name in names):
+            return x  # an odd batch: the partitioner's choice
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 class Projection(nn.Module):
@@ -165,6 +183,7 @@ class Layer(nn.Module):
     config: LlamaConfig
     lora_config: LoraConfig | None = None
     dropout: bool = False
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -194,12 +213,13 @@ class Layer(nn.Module):
         )
         attended_BTO = attended_BTHd.reshape(B, T, config.heads * d)
         x_BTD += self._project("o", attended_BTO, lora, config.width, config.output_bias)
+        x_BTD = lay(x_BTD, self.mesh, ROWS)
 
         normed_BTD = self._norm("mlp_norm", x_BTD)
         gate = self._project("gate", normed_BTD, lora, config.hidden)
         up = self._project("up", normed_BTD, lora, config.hidden)
         x_BTD += self._project("down", nn.silu(gate) * up, lora, config.width)
-        return x_BTD, cache
+        return lay(x_BTD, self.mesh, ROWS), cache
 
     def _norm(self, name: str, x_xD: Array) -> Array:
         shape = x_xD.shape[-1:]
@@ -218,6 +238,7 @@ class Decoder(nn.Module):
     config: LlamaConfig
     lora_config: LoraConfig | None = None
     dropout: bool = False
+    mesh: Mesh | None = None
     remat: bool = False
     split: bool = False
 
@@ -236,7 +257,8 @@ class Decoder(nn.Module):
         embed_VD = self.param("embed", normal, shape_VD, config.param_dtype)
         if not config.tied:
             self.param("unembed", normal, shape_VD[::-1], config.param_dtype)
-        x_BTD = jnp.take(embed_VD, tokens_BT, axis=0).astype(config.dtype)
+        table_VD = lay(embed_VD, self.mesh, "tensor")
+        x_BTD = lay(jnp.take(table_VD, tokens_BT, axis=0).astype(config.dtype), self.mesh, ROWS)
         frequency_11d = rope_frequencies(config)[None, None, :]
         angle_BTd = position_BT[..., None].astype(jnp.float32) * frequency_11d
         shared = (attention, position_BT, jnp.cos(angle_BTd), jnp.sin(angle_BTd))
@@ -247,7 +269,7 @@ class Decoder(nn.Module):
 
     def _layer(self) -> Any:
         layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
-        return functools.partial(layer, self.config, self.lora_config, self.dropout)
+        return functools.partial(layer, self.config, self.lora_config, self.dropout, self.mesh)
 
     def _run_scanned(self, x_BTD: Array, cache: Any, lora: Any, shared: Any) -> tuple[Array, Any]:
         layer = self._layer()
@@ -296,15 +318,18 @@ def apply(
     lora_config: LoraConfig | None = None,
     lora_key: Array | None = None,
     remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Hidden states after the final norm, in the compute dtype, and the new cache.
 
     The cache is whatever the attention strategy keeps, with a leading layer axis. After
     `split_layers` the layers run one by one instead, and the cache is a tuple of one entry a layer.
-    `lora_key` turns the adapters' dropout on; `remat` recomputes each layer in the backward pass.
+    `lora_key` turns the adapters' dropout on; `remat` recomputes each layer in the backward pass;
+    `mesh` is what the parameters lie on (axes data, fsdp, tensor): rows are split by the first two.
     """
     rngs = {} if lora_key is None else {"dropout": lora_key}
-    decoder = Decoder(config, lora_config, bool(rngs), remat, split="layers" not in params)
+    split = "layers" not in params
+    decoder = Decoder(config, lora_config, bool(rngs), mesh, remat, split)
     return decoder.apply(
         {"params": params}, tokens_BT, position_BT, attention, cache, lora, rngs=rngs
     )

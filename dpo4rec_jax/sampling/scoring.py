@@ -32,7 +32,7 @@ def completion_token_logps(
 
     The row [prompt | completion 0 | ...] goes through the model once, so the prompt that C
     completions share is computed once. Its last token predicts the first token of each of them.
-    `mesh` is the one the rows lie on, for attention kernels that XLA cannot partition.
+    `mesh` is the one that parameters and rows lie on.
     """
     num_rows, num_completions, num_tokens = completion_BCT.shape
     attention = Shared(
@@ -55,6 +55,7 @@ def completion_token_logps(
         lora_config=lora_config,
         lora_key=lora_key,
         remat=remat,
+        mesh=mesh,
     )
     logp_BT = token_logps(
         _predicting(hidden_BTD, prompt_length_B, completion_BCT.shape, prompt_BT.shape[1]),

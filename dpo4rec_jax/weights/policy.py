@@ -55,9 +55,10 @@ class Policy:
                 f"logits: expected lengths from 0 to {tokens_BT.shape[1]}, got {length_B.min()} to "
                 f"{length_B.max()}"
             )
-        return _logits(
-            self.config, self.params, tokens_BT.astype(np.int32), length_B.astype(np.int32)
-        )
+        sharding = self.params["embed"].sharding
+        mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+        tokens_BT, length_B = tokens_BT.astype(np.int32), length_B.astype(np.int32)
+        return _logits(self.config, self.params, tokens_BT, length_B, mesh)
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The prompt of a chat by the tokenizer's own template, ready for the reply."""
@@ -87,13 +88,17 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def _logits(
-    config: llama.LlamaConfig, params: llama.Params, tokens_BT: Array, length_B: Array
+    config: llama.LlamaConfig,
+    params: llama.Params,
+    tokens_BT: Array,
+    length_B: Array,
+    mesh: jax.sharding.Mesh | None,
 ) -> Array:
     attention = Causal(length_B)
     position_BT = attention.position_BT(tokens_BT.shape[1])
-    hidden_BTD, _ = llama.apply(config, params, tokens_BT, position_BT, attention)
+    hidden_BTD, _ = llama.apply(config, params, tokens_BT, position_BT, attention, mesh=mesh)
     return llama.unembed(config, params, hidden_BTD)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +160,55 @@ def test_split_layers_compute_what_the_scan_computes(pair: Any, tokens_BT: np.nd
 def test_initial_parameters_have_the_shapes_of_a_checkpoint(pair: Any) -> None:
     for name in ("llama-biased", "qwen-3", "llama-3.2"):
         _, policy = pair(name)
-        fresh = llama.init(policy.config, jax.random.key(0))
+        fresh = jax.eval_shape(functools.partial(llama.init, policy.config), jax.random.key(0))
         assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, policy.params)
+
+
+ON_EIGHT_DEVICES = r"""
+import re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from dpo4rec_jax.models import llama
+from dpo4rec_jax.models.attention import Causal
+from dpo4rec_jax.runtime.mesh import BATCH, make_mesh, shardings
+config = llama.LlamaConfig(128, 32, 48, 2, 4, 2, 8)
+params = llama.init(config, jax.random.key(0))
+tokens, lengths = jnp.arange(8 * 10).reshape(8, 10), jnp.arange(3, 11)
+def loss(params, tokens, lengths, mesh):
+    attention = Causal(lengths)
+    position = attention.position_BT(10)
+    hidden, _ = llama.apply(config, params, tokens, position, attention, remat=True, mesh=mesh)
+    logp = jax.nn.log_softmax(llama.unembed(config, params, hidden))
+    return -jnp.take_along_axis(logp[:, :-1], tokens[:, 1:, None], -1).mean()
+gradient = jax.jit(jax.value_and_grad(loss), static_argnums=3)
+expected = gradient(params, tokens, lengths, None)
+for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    mesh = make_mesh(sizes)
+    rows = NamedSharding(mesh, BATCH)
+    placed = (
+        jax.device_put(params, shardings(params, mesh)),
+        *jax.device_put((tokens, lengths), rows),
+    )
+    got = gradient(*placed, mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), got, expected)
+    text = gradient.lower(*placed, mesh).compile().as_text()
+    moved = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:all-reduce|all-gather|all-to-all)\(", text)
+    assert len(moved) > 5, moved
+    if "tensor" not in sizes:
+        # Whatever travels is a parameter or its gradient: no shape with the rows' 10 tokens.
+        assert not [shape for shape in moved if "10" in shape.split(",")], moved
+"""
+
+
+def test_mesh_gathers_parameters_and_changes_no_gradient() -> None:
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_compute_dtype_and_parameter_dtype_are_apart(
