@@ -119,6 +119,7 @@ class MetricsLog:
         self._directory, self._stage, self._round = directory, stage, round
         self._path = directory / "metrics.jsonl"
         self._tensorboard = None
+        self._lock = threading.Lock()
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """One line: time, stage, round, step and the values (NaN and infinities as null)."""
@@ -126,14 +127,18 @@ class MetricsLog:
             name: float(value) if math.isfinite(value) else None for name, value in values.items()
         }
         line = {"time": time.time(), "stage": self._stage, "round": self._round, "step": step}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | finite) + "\n")
+        with self._lock:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line | finite) + "\n")
+            self._add_to_tensorboard(step, finite)
+
+    def _add_to_tensorboard(self, step: int, values: Mapping[str, float | None]) -> None:
         if self._tensorboard is None:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self._directory / "tb"))
         prefix = self._stage if self._round is None else f"round{self._round}/{self._stage}"
-        for name, value in finite.items():
+        for name, value in values.items():
             if value is not None:
                 self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
 

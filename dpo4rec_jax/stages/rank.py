@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
 import numpy as np
 
 from dpo4rec_jax.config import InputError
@@ -26,12 +29,17 @@ def run(stage: Stage) -> None:
     fold_U = folds_of(prepared, folds, config.seed) if folds else None
     none = np.full(len(prepared.user_id), -1, np.int32)
     write_npz(stage.directory / "fold.npz", {"fold_U": none if fold_U is None else fold_U})
-    for arm in arms_of(config, stage.workspace, stage.round):
-        if (stage.directory / f"{arm.name}.json").exists():
-            continue
+    arms = arms_of(config, stage.workspace, stage.round)
+    waiting = [arm for arm in arms if not (stage.directory / f"{arm.name}.json").exists()]
+
+    def train(arm: Arm) -> None:
         members, fitted = _fit(stage, arm, prepared, fold_U if arm.judge else None)
         save_members(stage.directory / f"{arm.name}.safetensors", members)
         write_json(stage.directory / f"{arm.name}.json", _summary(members, fitted))
+
+    # On CPU one arm compiles (on one core) while another trains.
+    with ThreadPoolExecutor(max(1, len(waiting)) if jax.default_backend() == "cpu" else 1) as pool:
+        list(pool.map(train, waiting))
 
 
 def _fit(
