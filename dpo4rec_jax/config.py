@@ -181,6 +181,9 @@ class RankConfig(Section):
     knowledge: Literal["both", "user", "item", "shuffled"] = field(
         "both", "ablation: texts of users or items alone, or users shown each other's texts"
     )
+    history: bool = field(
+        False, "candidates attend to the items of the user's window and their ratings"
+    )
     epochs: Positive = field(10, "passes over the training lists at the most")
     patience: Positive = field(3, "epochs without a better validation ndcg@5 before the stop")
     batch_lists: Positive = field(256, "lists a step")

@@ -29,7 +29,7 @@ from dpo4rec_jax.data.prepared import Prepared
 from dpo4rec_jax.data.texts import Kind, read_texts
 from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.reranker import RerankerConfig
-from dpo4rec_jax.stages.arms import Arm, arms_of, knowledge_of, lists_of
+from dpo4rec_jax.stages.arms import Arm, arms_of, knowledge_of, lists_of, windows
 from dpo4rec_jax.weights import Encoder, load_encoder, load_policy
 from dpo4rec_jax.weights.reranker import load_members
 from dpo4rec_jax.workspace import Workspace, write_jsonl
@@ -75,6 +75,7 @@ def load_reranker(
         attribute_IAM=prepared.attribute_IAM,
         user_UF=None if lists.user_UCF is None else np.asarray(lists.user_UCF[:, 0]),
         item_IF=None if lists.item_IF is None else np.asarray(lists.item_IF),
+        windows=windows(prepared) if members.config.history else None,
         encoder=partial(_encoder, config, workspace, round),
         max_tokens=config.encode.max_tokens,
     )
@@ -96,6 +97,7 @@ class LoadedReranker:
         attribute_IAM: np.ndarray,
         user_UF: np.ndarray | None,
         item_IF: np.ndarray | None,
+        windows: tuple[np.ndarray, np.ndarray] | None,
         encoder: Any,
         max_tokens: int,
     ):
@@ -104,7 +106,7 @@ class LoadedReranker:
         self._users = {id: index for index, id in enumerate(user_id)}
         self._items = {id: index for index, id in enumerate(item_id)}
         self._attribute_IAM = np.asarray(attribute_IAM)
-        self._user_UF, self._item_IF = user_UF, item_IF
+        self._user_UF, self._item_IF, self._windows = user_UF, item_IF, windows
         self._encoder, self._max_tokens = encoder, max_tokens
         self._adapt()
 
@@ -113,7 +115,7 @@ class LoadedReranker:
     ) -> None:
         """Adds users and items by their texts, or gives known ones new texts.
 
-        A new item has no attributes and the mean of the id embeddings.
+        A new item has no attributes and the mean of the id embeddings; a new user no history.
         """
         users, items = dict(users or {}), dict(items or {})
         if (users and self._user_UF is not None) or (items and self._item_IF is not None):
@@ -126,6 +128,7 @@ class LoadedReranker:
             for id in new:
                 known.setdefault(id, len(known))
         self._grow_items()
+        self._grow_windows()
         self._adapt()
 
     def score(self, lists: Iterable[CandidateList]) -> list[Float32[np.ndarray, " N"]]:
@@ -182,7 +185,7 @@ class LoadedReranker:
                 f"{self.config.list_length}: shorten the list or train with data.list_length"
             )
         user_index = self._users.get(str(user))
-        if user_index is None and self.config.user_features:
+        if user_index is None and (self.config.user_features or self.config.history):
             raise InputError(f"{where}: unknown user {user!r}; describe it by --texts")
         try:
             return user_index or 0, [self._items[str(item)] for item in items]
@@ -216,6 +219,13 @@ class LoadedReranker:
         grown = jnp.concatenate([embedding_RIE, jnp.repeat(mean_R1E, added, axis=1)], axis=1)
         self._params_R = {**self._params_R, "item_embed": {"embedding": grown}}
 
+    def _grow_windows(self) -> None:
+        if self._windows is None:
+            return
+        past_UH, rating_UH = self._windows
+        added = ((0, len(self._users) - len(past_UH)), (0, 0))
+        self._windows = np.pad(past_UH, added), np.pad(rating_UH, added, constant_values=-1)
+
     def _adapt(self) -> None:
         def each(adapt, vector_xF):
             if vector_xF is None:
@@ -224,6 +234,7 @@ class LoadedReranker:
 
         self._tables = {
             "attribute": jnp.asarray(self._attribute_IAM),
+            "windows": jax.tree.map(jnp.asarray, self._windows),
             "user": each(reranker.adapt_users, _on_device(self._user_UF)),
             "item": each(reranker.adapt_items, _on_device(self._item_IF)),
         }
@@ -237,12 +248,14 @@ def _on_device(array: np.ndarray | None) -> jax.Array | None:
 def _score(config: RerankerConfig, params_R, tables, user_B, item_BN, mask_BN) -> jax.Array:
     """Mean over the members of the scores."""
     attribute_BNAM = tables["attribute"][item_BN]
+    history = jax.tree.map(lambda window_UH: window_UH[user_B], tables["windows"])
 
     def one(member):
         params, user_UO, item_IO = member
         user_BO = None if user_UO is None else user_UO[user_B]
         item_BNO = None if item_IO is None else item_IO[item_BN]
-        return reranker.score(config, params, item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO)
+        knowledge = user_BO, item_BNO
+        return reranker.score(config, params, item_BN, mask_BN, attribute_BNAM, *knowledge, history)
 
     return jax.lax.map(one, (params_R, tables["user"], tables["item"])).mean(0)
 

@@ -24,7 +24,8 @@ T = TypeVar("T")
 class Lists:
     """L lists of N candidates, the items' attributes, and the vectors of texts where there are.
 
-    The first `count_U[u]` of a user's C vectors are texts. A side without knowledge is None.
+    The first `count_U[u]` of a user's C vectors are texts. A side without knowledge is None, and so
+    is the history (items of the window and their ratings) where re-rankers do not read it.
     """
 
     user_L: jax.Array
@@ -35,6 +36,14 @@ class Lists:
     user_UCF: jax.Array | None = None
     count_U: jax.Array | None = None
     item_IF: jax.Array | None = None
+    past_UH: jax.Array | None = None
+    rating_UH: jax.Array | None = None
+
+    def history(self, user_B: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """Items and ratings of the users' windows, None where the re-ranker does not read them."""
+        if self.past_UH is None or self.rating_UH is None:
+            return None
+        return self.past_UH[user_B], self.rating_UH[user_B]
 
 
 @struct.dataclass
@@ -78,6 +87,7 @@ def score_batch(
         lists.attribute_IAM[item_BN],
         user_BO,
         item_BNO,
+        lists.history(user_B),
         key,
     )
 
@@ -110,13 +120,15 @@ def score_texts(
     item_BN, mask_BN = lists.item_LN[index_B], lists.mask_LN[index_B]
     attribute_BNAM = lists.attribute_IAM[item_BN]
     item_BNO = None if tables.item_IO is None else tables.item_IO[item_BN]
-    rows = (item_BN, mask_BN, attribute_BNAM, item_BNO)
-    item, mask, attribute, knowledge = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), rows)
+    rows = (item_BN, mask_BN, attribute_BNAM, item_BNO, lists.history(lists.user_L[index_B]))
+    item, mask, attribute, knowledge, history = jax.tree.map(
+        lambda x: jnp.repeat(x, samples, axis=0), rows
+    )
     user_BO = None
     if tables.user_UCO is not None:
         user_BCO = tables.user_UCO[lists.user_L[index_B], :samples]
         user_BO = user_BCO.reshape(-1, user_BCO.shape[-1])
-    score = reranker.score(config, params, item, mask, attribute, user_BO, knowledge)
+    score = reranker.score(config, params, item, mask, attribute, user_BO, knowledge, history)
     return score.reshape(len(index_B), samples, -1)
 
 

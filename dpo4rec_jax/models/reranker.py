@@ -1,8 +1,9 @@
 """The re-ranker: features of each candidate, a backbone over the list, one score a candidate.
 
-A candidate is [item id embedding | attribute embeddings | adaptor(user vector) | adaptor(item
-vector)]. The adaptors are applied apart from the scoring, so that a caller pays for them once a
-distinct user and item: `adapt_users`, `adapt_items`, then `score` on what they return.
+A candidate is [item id embedding | history | attribute embeddings | adaptor(user vector) |
+adaptor(item vector)], the history an option. The adaptors are applied apart from the scoring, so
+that a caller pays for them once a distinct user and item: `adapt_users`, `adapt_items`, then
+`score` on what they return.
 
 A new backbone is one module `(x_BND, mask_BN, training) -> score_BN` and one line in BACKBONES.
 """
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from dpo4rec_jax.models.adaptor import ADAPTORS
 from dpo4rec_jax.models.dlcm import DLCM
+from dpo4rec_jax.models.history import TargetAttention
 from dpo4rec_jax.models.prm import PRM
 from dpo4rec_jax.models.setrank import InducedSetRank, SetRank
 
@@ -53,6 +55,7 @@ class RerankerConfig:
     adaptor: str = "hybrid"
     embedding: int = 32
     dropout: float = 0.0
+    history: bool = False
 
 
 class Reranker(nn.Module):
@@ -67,13 +70,18 @@ class Reranker(nn.Module):
         ]
         if config.user_features or config.item_features:
             self.adaptor = ADAPTORS[config.adaptor]()
+        if config.history:
+            self.history = TargetAttention()
         self.backbone = BACKBONES[config.backbone](dropout=config.dropout)
 
     def adapt(self, x: jax.Array, side: str) -> jax.Array:
         return self.adaptor(x, side)
 
-    def score(self, item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, training: bool):
+    def score(self, item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, history, training: bool):
         parts = [self.item_embed(item_BN)]
+        if history is not None:
+            past_BH, rating_BH = history
+            parts.append(self.history(parts[0], self.item_embed(past_BH), rating_BH))
         for a, embed in enumerate(self.attribute_embed):
             parts.append(_mean_embedding(embed, attribute_BNAM[:, :, a]))
         if user_BO is not None:
@@ -82,11 +90,11 @@ class Reranker(nn.Module):
             parts.append(item_BNO)
         return self.backbone(jnp.concatenate(parts, axis=-1), mask_BN, training)
 
-    def everything(self, item_BN, mask_BN, attribute_BNAM, user_BF, item_BNF):
+    def everything(self, item_BN, mask_BN, attribute_BNAM, user_BF, item_BNF, history):
         """Touches every parameter, for `init`."""
         user_BO = None if user_BF is None else self.adapt(user_BF, "user")
         item_BNO = None if item_BNF is None else self.adapt(item_BNF, "item")
-        return self.score(item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, False)
+        return self.score(item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, history, False)
 
 
 def init(config: RerankerConfig, key: jax.Array) -> dict[str, Any]:
@@ -101,6 +109,7 @@ def init(config: RerankerConfig, key: jax.Array) -> dict[str, Any]:
         jnp.zeros((*shape, len(config.attribute_sizes), 1), jnp.int32),
         user_BF,
         item_BNF,
+        (jnp.zeros((1, 1), jnp.int32),) * 2 if config.history else None,
         method="everything",
     )
     return variables["params"]
@@ -128,14 +137,17 @@ def score(
     attribute_BNAM: Int[jax.Array, "B N A M"],
     user_BO: Float[jax.Array, "B O"] | None = None,
     item_BNO: Float[jax.Array, "B N O"] | None = None,
+    history: tuple[Int[jax.Array, "B H"], Int[jax.Array, "B H"]] | None = None,
     key: jax.Array | None = None,
 ) -> Float[jax.Array, "B N"]:
     """Scores of the candidates, float32, 0 on padding; a `key` turns dropout on.
 
     `attribute_BNAM` holds each candidate's values of each attribute, -1 where there are fewer.
     `user_BO` and `item_BNO` are what the adaptors returned, None for a side without knowledge.
+    `history`: items of each user's window and their ratings (`TargetAttention`), where the
+    re-ranker reads them.
     """
-    arguments = (item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, key is not None)
+    arguments = (item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, history, key is not None)
     score_BN = _apply(config, params, key, "score", *arguments)
     return jnp.where(mask_BN, score_BN.astype(jnp.float32), 0.0)
 

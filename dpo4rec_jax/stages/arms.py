@@ -81,6 +81,9 @@ def lists_of(
         for name in ("user_L", "item_LN", "label_LN", "mask_LN", "attribute_IAM")
     }
     lists = Lists(**arrays)
+    if rank.history:
+        past_UH, rating_UH = windows(prepared)
+        lists = replace(lists, past_UH=jnp.asarray(past_UH), rating_UH=jnp.asarray(rating_UH))
     if knowledge is None:
         return lists
     user_UCF, count_U, item_IF = knowledge.user_UCF, knowledge.count_U, knowledge.item_IF
@@ -92,6 +95,20 @@ def lists_of(
     if rank.knowledge != "user":
         lists = replace(lists, item_IF=jnp.asarray(item_IF))
     return lists
+
+
+def windows(
+    prepared: Prepared,
+) -> tuple[Int32[np.ndarray, "U H"], Int32[np.ndarray, "U H"]]:
+    """Items of each user's knowledge window, oldest first, and their stars rounded to 1..5 (0:
+    none). Padding is item 0 rated -1. What prompts may see, and so no candidate list holds."""
+    longest = int(prepared.window_U.max(initial=1))
+    place_H = np.arange(longest)
+    real_UH = place_H[None] < prepared.window_U[:, None]
+    event_UH = np.where(real_UH, prepared.offset_U1[:-1, None] + place_H[None], 0)
+    stars_UH = np.nan_to_num(np.clip(np.rint(prepared.rating_E[event_UH]), 1, 5), nan=0.0)
+    past_UH = np.where(real_UH, prepared.item_E[event_UH], 0)
+    return past_UH.astype(np.int32), np.where(real_UH, stars_UH, -1).astype(np.int32)
 
 
 def shuffled_users(split_U: np.ndarray, seed: int) -> Int32[np.ndarray, " U"]:
@@ -115,6 +132,7 @@ def reranker_config(rank: RankConfig, prepared: Prepared, lists: Lists) -> Reran
         adaptor=rank.adaptor,
         embedding=rank.embedding,
         dropout=rank.dropout,
+        history=rank.history,
     )
 
 
