@@ -22,7 +22,8 @@ from dpo4rec_jax.models import llama
 from dpo4rec_jax.models.llama import LlamaConfig
 from dpo4rec_jax.sampling import Figures, Layout, filters, plan_layout, steps, stream
 from dpo4rec_jax.sampling.cache import Decode
-from dpo4rec_jax.sampling.schedule import CHUNKS, Schedule, bytes_token
+from dpo4rec_jax.sampling.layout import bytes_token
+from dpo4rec_jax.sampling.schedule import Schedule
 from dpo4rec_jax.weights import Policy, load_policy, tiny
 
 PROMPT_TOKENS = 520  # an ML-1M prompt with a window of 30
@@ -68,28 +69,29 @@ def _prefill(policy: Policy, layout: Layout, machine: Machine) -> dict[str, Any]
     """One call of each size, at the end of a prompt."""
     config, params = policy.config, llama.split_layers(policy.params)
     figures = {}
-    for size in CHUNKS:
+    for size, jobs in layout.chunks:
         prefix = steps.empty(config, layout, None)[0]
         offset = max(layout.prompt_tokens - size, 0)
         if size > layout.prompt_tokens:
             continue
-        tokens_1T = np.zeros((1, size), np.int32)
-        place = (np.array([0]), np.array([offset]), np.array([True]))
+        tokens_1JT = np.zeros((1, jobs, size), np.int32)
+        slot_1J = np.arange(jobs)[None] % layout.prompts
+        place = (slot_1J, np.full((1, jobs), offset), np.ones((1, jobs), bool))
 
-        def run(tokens_1T=tokens_1T, place=place, held=[prefix]) -> Any:  # noqa: B006
-            held[0] = steps.prefill(config, params, held[0], tokens_1T, *place)
+        def run(tokens_1JT=tokens_1JT, place=place, held=[prefix]) -> Any:  # noqa: B006
+            held[0] = steps.prefill(config, params, held[0], tokens_1JT, *place)
             return held[0]
 
         began = time.perf_counter()
         jax.block_until_ready(run())
         first = time.perf_counter() - began
         taken = seconds(run)
-        flops = size * (_layer_flops(config) + _attention_flops(config, offset + size // 2))
+        flops = jobs * size * (_layer_flops(config) + _attention_flops(config, offset + size // 2))
         floor = machine.floor(flops, _layer_bytes(config))
         figures[f"chunk_{size}"] = {
             "compile_seconds": first - taken,
             "seconds": taken,
-            "tokens_per_second": size / taken,
+            "tokens_per_second": jobs * size / taken,
             "flops_per_second": flops / taken,
             "share_of_floor": floor / taken,
         }

@@ -21,7 +21,8 @@ from dpo4rec_jax.models import llama
 from dpo4rec_jax.models.llama import LlamaConfig
 from dpo4rec_jax.sampling import steps
 from dpo4rec_jax.sampling.filters import Settings
-from dpo4rec_jax.sampling.schedule import Layout, PrefillJob, Schedule, Start, plan_layout
+from dpo4rec_jax.sampling.layout import Layout, plan_layout
+from dpo4rec_jax.sampling.schedule import PrefillJob, Schedule, Start
 
 BURST = 8  # prefill calls between two decode calls while most rows are running
 
@@ -201,24 +202,22 @@ class _Device:
         self._running_XB = np.zeros((layout.shards, layout.rows), bool)
 
     def prefill(self, jobs: Sequence[PrefillJob], prompts: Sequence[Sequence[int]]) -> None:
-        """Runs one chunk of each job; their sizes are equal, their shards differ."""
+        """Runs one chunk of each job; their sizes are equal."""
         X, T = self._layout.shards, jobs[0].size
-        tokens_XT = np.zeros((X, T), np.int32)
-        slot_X, offset_X, valid_X = np.zeros(X, np.int32), np.zeros(X, np.int32), np.zeros(X, bool)
+        shape = (X, self._layout.jobs(T))
+        tokens_XJT = np.zeros((*shape, T), np.int32)
+        slot_XJ, offset_XJ = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        valid_XJ = np.zeros(shape, bool)
         for job in jobs:
+            at = (job.shard, int(valid_XJ[job.shard].sum()))
             # The last token is not part of the prefix: it is its rows' first step.
-            chunk = prompts[job.prompt][:-1][job.offset : job.offset + T]
-            tokens_XT[job.shard, : len(chunk)] = chunk
-            slot_X[job.shard], offset_X[job.shard], valid_X[job.shard] = job.slot, job.offset, True
+            end = min(job.offset + T, len(prompts[job.prompt]) - 1)
+            chunk = prompts[job.prompt][job.offset : end]
+            tokens_XJT[at][: len(chunk)] = chunk
+            slot_XJ[at], offset_XJ[at], valid_XJ[at] = job.slot, job.offset, True
+        arguments = (tokens_XJT, slot_XJ, offset_XJ, valid_XJ)
         self._prefix = steps.prefill(
-            self._config,
-            self._params,
-            self._prefix,
-            tokens_XT,
-            slot_X,
-            offset_X,
-            valid_X,
-            self._sharding,
+            self._config, self._params, self._prefix, *arguments, self._sharding
         )
 
     def decode(

@@ -22,7 +22,8 @@ from dpo4rec_jax.models import llama
 from dpo4rec_jax.models.llama import LlamaConfig
 from dpo4rec_jax.sampling import filters
 from dpo4rec_jax.sampling.cache import Decode, KeyValues, Prefill
-from dpo4rec_jax.sampling.schedule import Layout, Schedule
+from dpo4rec_jax.sampling.layout import Layout
+from dpo4rec_jax.sampling.schedule import Schedule
 
 STEPS = 16  # tokens of a row between two looks of the host, at the most
 IDLE_SHARE = 16  # the host is called when one row in so many is idle and others wait
@@ -145,16 +146,19 @@ def prefill(
     config: LlamaConfig,
     params: Any,
     prefix: Caches,
-    tokens_XT: Int[Array, "X T"],
-    slot_X: Int[Array, " X"],
-    offset_X: Int[Array, " X"],
-    valid_X: Bool[Array, " X"],
+    tokens_XJT: Int[Array, "X J T"],
+    slot_XJ: Int[Array, "X J"],
+    offset_XJ: Int[Array, "X J"],
+    valid_XJ: Bool[Array, "X J"],
     sharding: Sharding | None = None,
 ) -> Caches:
-    """Writes one chunk of one prompt a shard into slot `slot_X` from token `offset_X` on."""
-    position_XT = offset_X[:, None] + jnp.arange(tokens_XT.shape[1])[None]
-    attention = Prefill(slot_X[:, None], offset_X[:, None], valid_X[:, None])
-    prefix = llama.apply(config, params, tokens_XT, position_XT, attention, prefix)[1]
+    """Writes one chunk of each of J prompts a shard into `slot_XJ` from token `offset_XJ` on."""
+    T = tokens_XJT.shape[-1]
+    position_BT = offset_XJ.reshape(-1, 1) + jnp.arange(T)[None]
+    attention = Prefill(slot_XJ, offset_XJ, valid_XJ)
+    prefix = llama.apply(config, params, tokens_XJT.reshape(-1, T), position_BT, attention, prefix)[
+        1
+    ]
     return constrain(prefix, sharding)
 
 

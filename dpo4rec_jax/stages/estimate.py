@@ -12,7 +12,7 @@ import numpy as np
 from dpo4rec_jax.config import Config
 from dpo4rec_jax.data import TRAIN, Prepared, Prompt, build
 from dpo4rec_jax.models.llama import LlamaConfig
-from dpo4rec_jax.sampling.schedule import bytes_token, plan_layout
+from dpo4rec_jax.sampling.layout import bytes_token, plan_layout
 from dpo4rec_jax.stages.plan import Step, has_warmup
 from dpo4rec_jax.weights import outline
 from dpo4rec_jax.weights.policy import chat_ids, shapes

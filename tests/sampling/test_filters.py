@@ -60,7 +60,7 @@ def test_temperature_zero_and_top_k_one_take_the_likeliest_token() -> None:
     logits_BV = jnp.asarray(np.random.default_rng(0).normal(size=(64, 1000)), jnp.float32)
     key_B = jax.random.split(jax.random.key(0), 64)
     likeliest_B = np.asarray(logits_BV).argmax(-1)
-    for settings in (Settings.of(0.0, 1.0, 0), Settings.of(1.0, 1.0, 1), Settings.of(1, 1e-6, 0)):
+    for settings in (Settings.of(0.0, 1.0, 0), Settings.of(1.0, 1.0, 1), Settings.of(1.0, 1e-6, 0)):
         np.testing.assert_array_equal(draw_jitted(logits_BV, key_B, settings), likeliest_B)
 
 

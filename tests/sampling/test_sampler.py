@@ -123,8 +123,21 @@ def test_cached_log_probabilities_of_other_architectures(changes) -> None:
             np.testing.assert_allclose(completion.logps, expected_T, atol=1e-4)
 
 
+def test_prompts_may_be_prefilled_several_at_a_time(policy) -> None:
+    layout = plan_layout(CONFIG, [len(one) for one in PROMPTS], 2, 6, slots=12)
+    layout = dataclasses.replace(layout, chunks=((64, 2), (32, 3)))
+    figures = Figures()
+    found = dict(stream(policy, PROMPTS, layout, logps=True, figures=figures))
+    calls_one_by_one = sum(len(layout.chunks_of(len(one) - 1)) for one in PROMPTS)
+    assert figures.prefill_calls < calls_one_by_one
+    for index, completions in found.items():
+        for completion in completions:
+            expected_T = uncached_logps(policy, PROMPTS[index], completion.tokens)
+            np.testing.assert_allclose(completion.logps, expected_T, atol=1e-4)
+
+
 def test_greedy_takes_the_likeliest_token_of_an_uncached_pass(policy) -> None:
-    completions = sample(policy, PROMPTS[1:4], 1, 8, temperature=0)
+    completions = sample(policy, PROMPTS[1:4], 1, 8, temperature=0.0)
     for prompt, (completion,) in zip(PROMPTS[1:4], completions, strict=True):
         tokens = list(prompt)
         for token in completion.tokens:

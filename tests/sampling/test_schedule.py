@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,14 +12,8 @@ from hypothesis import strategies as st
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models.llama import LlamaConfig
-from dpo4rec_jax.sampling.schedule import (
-    CHUNKS,
-    ROWS_STEP,
-    Layout,
-    Schedule,
-    chunks_of,
-    plan_layout,
-)
+from dpo4rec_jax.sampling.layout import ROWS_STEP, Layout, plan_layout
+from dpo4rec_jax.sampling.schedule import Schedule
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3, head_dim=64
@@ -61,12 +56,13 @@ def test_a_small_job_gets_no_more_slots_than_texts() -> None:
 
 @given(st.integers(0, 2000))
 def test_chunks_cover_a_prompt_without_gaps_and_end_at_a_small_chunk(num_tokens) -> None:
-    chunks = chunks_of(num_tokens)
+    layout = Layout(1, 1, 1, 1, 1, 1, chunks=((128, 1), (48, 3), (32, 2)))
+    chunks = layout.chunks_of(num_tokens)
     ends = [offset + size for offset, size in chunks]
     assert [offset for offset, _ in chunks] == [0, *ends][: len(chunks)]
-    assert all(size in CHUNKS for _, size in chunks)
+    assert all(size in (128, 48, 32) for _, size in chunks)
     covered = ends[-1] if ends else 0
-    assert num_tokens <= covered < num_tokens + CHUNKS[-1]
+    assert num_tokens <= covered < num_tokens + 32
 
 
 @given(st.data())
@@ -80,6 +76,7 @@ def test_every_sample_runs_once_on_its_own_prompts_prefix(data) -> None:
         samples=data.draw(st.integers(1, 4)),
         prompt_tokens=320,
         new_tokens=8,
+        chunks=((128, data.draw(st.integers(1, 2))), (32, data.draw(st.integers(1, 3)))),
     )
     schedule = Schedule(layout, lengths)
     prefilled: dict[tuple[int, int], tuple[int, int]] = {}  # slot -> prompt, tokens
@@ -87,8 +84,10 @@ def test_every_sample_runs_once_on_its_own_prompts_prefix(data) -> None:
     finished, whole = [], {}
     while not schedule.done:
         while jobs := schedule.prefill_jobs():
-            assert len({job.shard for job in jobs}) == len(jobs)
-            assert len({job.size for job in jobs}) == 1
+            assert len({(job.shard, job.slot) for job in jobs}) == len(jobs)
+            (size,) = {job.size for job in jobs}
+            by_shard = Counter(job.shard for job in jobs)
+            assert max(by_shard.values()) <= layout.jobs(size)
             for job in jobs:
                 at, before = (job.shard, job.slot), prefilled.get((job.shard, job.slot))
                 if job.offset == 0:
