@@ -223,8 +223,8 @@ def test_a_finished_rows_slot_is_used_at_once(policy) -> None:
 
 
 def compiled_decode(layout: Layout, policy: TinyPolicy) -> str:
-    state = jax.eval_shape(lambda: steps.empty(policy.config, layout, None))
-    params = jax.eval_shape(llama.split_layers, policy.params)
+    state = steps.empty(policy.config, layout, None)
+    params = llama.split_layers(policy.params)
     turn = steps.idle_turn(Schedule(layout, [20] * 3))
     arguments = (policy.config, params, *state, turn, Settings.of(1.0, 1.0, 0), jnp.zeros(1, int))
     return steps.decode.lower(*arguments).compile().as_text()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,11 +49,15 @@ def policy_dir(prepared, tmp_path_factory) -> Path:
 
 
 def make_stage(path: Path, prepared: data.Prepared, round: int = 0, **sections) -> Stage:
+    prepared.save(Workspace(path).stage_dir("prepare"))
+    return open_stage(path, round, **sections)
+
+
+def open_stage(path: Path, round: int = 0, **sections) -> Stage:
     texts = {"samples": SAMPLES, "max_new_tokens": 8, "item_max_new_tokens": 4, "slots": 8}
     values = {"reason": texts | sections.pop("reason", {}), "align": {"method": "lora"}}
     workspace = Workspace(path)
     config = Config.model_validate(values | sections)
-    prepared.save(workspace.stage_dir("prepare"))
     directory = workspace.stage_dir("reason", round)
     directory.mkdir(parents=True, exist_ok=True)
     log = MetricsLog(path, "reason", round)
@@ -198,6 +206,49 @@ def test_a_file_without_any_known_user_is_refused(prepared, tmp_path) -> None:
     stage = make_stage(tmp_path / "run", prepared, reason={"texts": str(given)})
     with pytest.raises(InputError, match=r"texts\.jsonl: no text of any user"):
         reason.run(stage)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+import jax
+root, policy, process, port = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+import test_reason
+stage = test_reason.open_stage(Path(root), policy={"path": policy})
+test_reason.reason.run(stage)
+assert int(process) == jax.process_index() and jax.process_count() == 2
+"""
+
+
+def test_two_processes_share_the_prompts_and_write_the_texts_of_one(
+    finished, prepared, policy_dir, tmp_path
+) -> None:
+    prepared.save(Workspace(tmp_path).stage_dir("prepare"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{root}"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path), str(policy_dir), str(index), port],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-2000:]
+    written = Workspace(tmp_path).stage_dir("reason", 0)
+    for name in ("users.jsonl", "items.jsonl"):
+        ours = read_records(finished.directory / name)
+        theirs = read_records(written / name)
+        assert [(one.id, one.sample) for one in ours] == [(one.id, one.sample) for one in theirs]
+        differing = np.mean([one != other for one, other in zip(ours, theirs, strict=True)])
+        assert differing <= 0.01
 
 
 @contextlib.contextmanager
