@@ -7,6 +7,7 @@ and after. Nothing is tokenised: pairs carry the ids that were sampled.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -220,7 +221,7 @@ def reference_logps(stage: Stage, tuning: Tuning, rows: Rows, size: int) -> np.n
             if str(kept["digest"]) == digest:
                 return kept["logp_BP"]
     microbatches = in_order(rows, size, max_shapes=stage.config.align.max_shapes)
-    compute = jax.jit(tuning.policy_logps)
+    compute = functools.partial(jax.jit(tuning.policy_logps), tuning.policy.params)
     with stage.progress.track("reference log-probabilities", len(rows), "pairs") as task:
         results = tuning.for_each(compute, rows, microbatches, size, task.advance)
     logp_BP = np.zeros((len(rows), 2), np.float32)

@@ -74,10 +74,14 @@ class Tuning:
             mesh=self.mesh,
         )
 
-    def policy_logps(self, batch: Batch) -> Float[Array, "B C"]:
-        """Log-probabilities of whole completions under the policy as it was given."""
+    def policy_logps(self, params: Tree, batch: Batch) -> Float[Array, "B C"]:
+        """Log-probabilities of whole completions under the policy as it was given.
+
+        `params` are the policy's, handed in: a program that closed over them would hold them as
+        constants, and take minutes to compile.
+        """
         frozen = dataclasses.replace(self, lora=None)
-        return frozen.token_logps(self.policy.params, None, batch).sum(axis=-1)
+        return frozen.token_logps(params, None, batch).sum(axis=-1)
 
     @property
     def row_multiple(self) -> int:
