@@ -10,7 +10,7 @@ import jax
 from dpo4rec_jax.config import InputError, RuntimeConfig
 from dpo4rec_jax.weights import hf_config, huggingface, streaming
 from dpo4rec_jax.weights.encoder import Encoder, load_encoder
-from dpo4rec_jax.weights.policy import Policy, placement, resolve_dtypes, shapes
+from dpo4rec_jax.weights.policy import Policy, place, resolve_dtypes, shapes
 from dpo4rec_jax.weights.tokenizer import check_fit, load_tokenizer, stop_ids
 
 __all__ = ["Encoder", "Policy", "load_encoder", "load_policy", "outline"]
@@ -46,7 +46,7 @@ def load_policy(
     if adapters:
         from dpo4rec_jax.weights import peft
 
-        policy = peft.merge_adapters(policy, adapters)
+        policy = peft.merge_adapters(policy, adapters, mesh)
     return policy
 
 
@@ -99,7 +99,7 @@ def _load_directory(
     slots = huggingface.slots(config)
     tensors = huggingface.stored_tensors(directory, config.tied)
     streaming.check_keys(slots, tensors, str(directory))
-    params = streaming.stream(slots, tensors, shapes(config), placement(config, mesh))
+    params = streaming.stream(slots, tensors, shapes(config), place(shapes(config), mesh))
     return Policy(
         config, params, tokenizer, stop_ids(tokenizer, generation, values), values, generation
     )

@@ -16,7 +16,7 @@ import numpy as np
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models.llama import LlamaConfig
 from dpo4rec_jax.weights import gguf_tokenizer, hf_config, huggingface, streaming
-from dpo4rec_jax.weights.policy import Policy, placement, shapes
+from dpo4rec_jax.weights.policy import Policy, place, shapes
 from dpo4rec_jax.weights.streaming import StoredTensor
 from dpo4rec_jax.weights.tokenizer import check_fit, load_tokenizer, stop_ids
 
@@ -56,7 +56,7 @@ def load(
     slots = {_gguf_name(name): slot for name, slot in huggingface.slots(config).items()}
     tensors = _tensors(reader, path, config, permuted=values["model_type"] == "llama")
     streaming.check_keys(slots, tensors, str(path))
-    params = streaming.stream(slots, tensors, shapes(config), placement(config, mesh))
+    params = streaming.stream(slots, tensors, shapes(config), place(shapes(config), mesh))
     generation = {key: values[key] for key in ("bos_token_id", "eos_token_id") if key in values}
     return Policy(config, params, tokenizer, stop_ids(tokenizer, values), values, generation)
 

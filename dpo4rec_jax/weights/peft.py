@@ -18,7 +18,7 @@ from dpo4rec_jax.config import InputError, LoraConfig
 from dpo4rec_jax.models import lora
 from dpo4rec_jax.models.llama import LlamaConfig, Params
 from dpo4rec_jax.weights import export, hf_config, huggingface, streaming
-from dpo4rec_jax.weights.policy import Policy
+from dpo4rec_jax.weights.policy import Policy, place
 from dpo4rec_jax.weights.streaming import Slot
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -80,8 +80,10 @@ def save_adapter(
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(directory: str | Path, config: LlamaConfig) -> tuple[dict[str, Any], LoraConfig]:
-    """An adapter of `peft` as our tree (float32) and its config.
+def load_adapter(
+    directory: str | Path, config: LlamaConfig, mesh: jax.sharding.Mesh | None = None
+) -> tuple[dict[str, Any], LoraConfig]:
+    """An adapter of `peft` as our tree (float32), on the mesh if there is one, and its config.
 
     Raises InputError for another method than LoRA, a variant that we do not compute, pickled or
     damaged weights, and an adapter of another base model.
@@ -112,9 +114,7 @@ def load_adapter(directory: str | Path, config: LlamaConfig) -> tuple[dict[str, 
     dropout = float(values.get("lora_dropout") or 0.0)
     lora_config = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
     shapes = jax.eval_shape(functools.partial(lora.init, config, lora_config), jax.random.key(0))
-    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda _: alone, shapes)
-    return streaming.stream(table, tensors, shapes, shardings), lora_config
+    return streaming.stream(table, tensors, shapes, place(shapes, mesh)), lora_config
 
 
 def _targets(tensors: Mapping[str, Any], file: str) -> list[Any]:
@@ -150,10 +150,12 @@ def combine(
     return {"layers": layers}, first.model_copy(update={"rank": rank, "alpha": float(rank)})
 
 
-def merge_adapters(policy: Policy, directories: Sequence[str | Path]) -> Policy:
+def merge_adapters(
+    policy: Policy, directories: Sequence[str | Path], mesh: jax.sharding.Mesh | None = None
+) -> Policy:
     """The policy with the adapters added to its weights, in order."""
     params = policy.params
     for directory in directories:
-        adapter, lora_config = load_adapter(directory, policy.config)
+        adapter, lora_config = load_adapter(directory, policy.config, mesh)
         params = lora.merge(params, adapter, lora_config)
     return dataclasses.replace(policy, params=params)

@@ -108,12 +108,12 @@ def shapes(config: llama.LlamaConfig) -> dict[str, Any]:
     return jax.eval_shape(functools.partial(llama.init, config), jax.random.key(0))
 
 
-def placement(config: llama.LlamaConfig, mesh: jax.sharding.Mesh | None) -> Any:
+def place(shapes: Any, mesh: jax.sharding.Mesh | None) -> Any:
     """The sharding of every parameter: by the rules on a mesh, else whole on the first device."""
     if mesh is not None:
-        return meshes.shardings(shapes(config), mesh)
+        return meshes.shardings(shapes, mesh)
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda _: alone, shapes(config))
+    return jax.tree.map(lambda _: alone, shapes)
 
 
 def resolve_dtypes(dtype: str, param_dtype: str | None) -> tuple[str, str]:

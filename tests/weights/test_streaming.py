@@ -14,7 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from dpo4rec_jax.weights import load_policy, streaming
+from dpo4rec_jax.config import LoraConfig
+from dpo4rec_jax.models import lora
+from dpo4rec_jax.weights import load_policy, peft, streaming
 
 TOKENS_BT = np.random.default_rng(3).integers(0, hf_models.VOCAB, (4, 8))
 LENGTH_B = np.full(4, 8)
@@ -26,7 +28,7 @@ from dpo4rec_jax.runtime.mesh import make_mesh
 from dpo4rec_jax.weights import load_policy, streaming
 streaming.HOST_BYTES = int(sys.argv[2])
 mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-policy = load_policy(sys.argv[1], mesh=mesh)
+policy = load_policy(sys.argv[1], adapters=[sys.argv[6]], mesh=mesh)
 up = policy.params["layers"]["up"]["kernel"]
 assert len(up.sharding.device_set) == 8, up.sharding
 assert up.addressable_shards[0].data.shape == (2, 24, 40), up.addressable_shards[0].data.shape
@@ -40,7 +42,7 @@ import json, sys
 import jax, jax.numpy as jnp
 from dpo4rec_jax.runtime.mesh import make_mesh
 from dpo4rec_jax.weights import hf_config, huggingface, streaming
-from dpo4rec_jax.weights.policy import placement, shapes
+from dpo4rec_jax.weights.policy import place, shapes
 from pathlib import Path
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -49,7 +51,7 @@ directory = Path(sys.argv[1])
 values = hf_config.read_json(directory / "config.json")
 config = hf_config.parse_config(values, "here", dtype="bfloat16", param_dtype="bfloat16")
 mesh = make_mesh({"fsdp": 8, "data": 1})
-where = placement(config, mesh)
+where = place(shapes(config), mesh)
 slots = huggingface.slots(config)
 tensors = huggingface.stored_tensors(directory, config.tied)
 jax.block_until_ready(jnp.zeros(8) + 1)
@@ -75,12 +77,16 @@ def run(script: str, *arguments: Any) -> str:
 
 def test_eight_devices_hold_and_compute_what_one_does(tmp_path: Path) -> None:
     directory = hf_models.save_model(hf_models.make_model("qwen-2"), tmp_path / "model")
-    policy = load_policy(directory)
+    config = load_policy(directory).config
+    adapter = lora.init(config, LoraConfig(rank=2), jax.random.key(0))
+    adapter = jax.tree.map(lambda leaf: leaf + 0.05, adapter)
+    peft.save_adapter(tmp_path / "adapter", config, adapter, LoraConfig(rank=2))
+    policy = load_policy(directory, adapters=[tmp_path / "adapter"])
     np.save(tmp_path / "tokens.npy", TOKENS_BT)
-    run(SHARDED, directory, 0, *(tmp_path / f"{name}.npy" for name in ("tokens", "logits", "up")))
-    np.testing.assert_array_equal(
-        np.load(tmp_path / "up.npy"), policy.params["layers"]["up"]["kernel"]
-    )
+    files = [tmp_path / f"{name}.npy" for name in ("tokens", "logits", "up")]
+    run(SHARDED, directory, 0, *files, tmp_path / "adapter")
+    up = policy.params["layers"]["up"]["kernel"]
+    np.testing.assert_allclose(np.load(tmp_path / "up.npy"), up, atol=1e-6, rtol=0)
     ours = policy.logits(TOKENS_BT, LENGTH_B)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), ours, atol=1e-5, rtol=0)
 
