@@ -31,7 +31,7 @@ class Layout:
     shards: int  # parts of the data axis
     rows: int  # row slots of a shard
     prompts: int  # prefix slots of a shard
-    samples: int  # completions of a prompt
+    samples: int  # completions of a prompt, at the most
     prompt_tokens: int  # of a prefix slot: a prompt without its last token, rounded up
     new_tokens: int  # of a row slot
     chunks: Chunks = CHUNKS
@@ -73,35 +73,36 @@ def bytes_token(config: LlamaConfig) -> int:
 def plan_layout(
     config: LlamaConfig,
     prompt_lengths: Sequence[int],
-    num_samples: int,
+    samples: int | Sequence[int],
     new_tokens: int,
     *,
     slots: int | None = None,
     memory_gib: float = 4.0,
     mesh: Mesh | None = None,
 ) -> Layout:
-    """The sizes for a whole job: as many rows as the budget of each device holds.
+    """The sizes for a whole job of `samples` texts a prompt (or so many of each).
 
-    `slots` asks for so many rows over all shards. Raises InputError where that, or a single
-    prompt, is more than `memory_gib` holds, and says what fits.
+    As many rows as the budget of each device holds, or `slots` over all shards. Raises InputError
+    where that, or a single prompt, is more than `memory_gib` holds, and says what fits.
     """
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} if mesh is None else mesh.shape
     shards, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
-    longest = max(prompt_lengths, default=1)
-    prompts = -(-len(prompt_lengths) // shards)
     chunks = CHUNKS if jax.default_backend() == "cpu" else ACCELERATOR_CHUNKS
-    smallest = chunks[-1][0]
+    longest = max(prompt_lengths, default=1)
+    counts = [samples] * len(prompt_lengths) if isinstance(samples, int) else list(samples)
+    texts = -(-sum(counts) // shards) or 1  # of a shard
+    prompts = -(-len(counts) // shards) or 1
     budget = memory_gib * 2**30
     per_token = bytes_token(config) // (tensor if config.kv_heads % tensor == 0 else 1)
 
     def layout(rows: int) -> Layout:
-        needed = -(-rows // num_samples)
+        busy = -(-rows * prompts // texts)  # prompts all of whose texts are running
         return Layout(
             shards=shards,
             rows=rows,
-            prompts=max(1, min(prompts, max(needed + 1, int(needed * STRAGGLERS)))),
-            samples=num_samples,
-            prompt_tokens=max(-(-(longest - 1) // smallest), 1) * smallest,
+            prompts=min(prompts, max(busy + 1, int(busy * STRAGGLERS))),
+            samples=max(counts, default=1),
+            prompt_tokens=max(-(-(longest - 1) // chunks[-1][0]), 1) * chunks[-1][0],
             new_tokens=new_tokens,
             chunks=chunks,
         )
@@ -109,23 +110,22 @@ def plan_layout(
     def fits(rows: int) -> bool:
         return layout(rows).bytes_of_shard(per_token) <= budget
 
-    most = max(min(prompts * num_samples, MAX_ROWS), 1)
-    if slots is not None:
-        most = min(-(-slots // shards), max(prompts * num_samples, 1))
-        if not fits(most):
-            fitting = max((rows for rows in range(1, most) if fits(rows)), default=0)
-            needed = layout(most).bytes_of_shard(per_token) / 2**30
-            raise InputError(
-                f"reason.slots: {slots} rows of {new_tokens} new tokens need {needed:.2f} GiB of "
-                f"cache a device, reason.memory_gib is {memory_gib:g}: at most {fitting * shards} "
-                "rows fit"
-            )
-        return layout(most)
-    choices = [most, *range(most - most % ROWS_STEP, 0, -ROWS_STEP), *range(ROWS_STEP - 1, 0, -1)]
-    for rows in choices:
-        if fits(rows):
-            return layout(rows)
-    raise InputError(
-        f"reason.memory_gib: {memory_gib:g} GiB of cache hold no prompt of {longest} tokens with "
-        f"{new_tokens} new ones; it takes {layout(1).bytes_of_shard(per_token) / 2**30:.3f}"
-    )
+    wanted = min(texts, MAX_ROWS if slots is None else -(-slots // shards))
+    most = max((rows for rows in range(1, wanted + 1) if fits(rows)), default=0)
+    if most == 0:
+        needed = layout(1).bytes_of_shard(per_token) / 2**30
+        raise InputError(
+            f"reason.memory_gib: {memory_gib:g} GiB of cache hold no prompt of {longest} tokens "
+            f"with {new_tokens} new ones; it takes {needed:.3f}"
+        )
+    if slots is None:
+        waves = -(-texts // most)
+        even = -(-texts // waves)  # the last wave as full as the others
+        return layout(min(most, -(-even // ROWS_STEP) * ROWS_STEP))
+    if most < wanted:
+        needed = layout(wanted).bytes_of_shard(per_token) / 2**30
+        raise InputError(
+            f"reason.slots: {slots} rows of {new_tokens} new tokens need {needed:.2f} GiB of cache "
+            f"a device, reason.memory_gib is {memory_gib:g}: at most {most * shards} rows fit"
+        )
+    return layout(wanted)

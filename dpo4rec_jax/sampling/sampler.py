@@ -129,6 +129,7 @@ def stream(
     top_k: int = 0,
     seed: int = 0,
     round: int = 0,
+    samples: Sequence[int] | None = None,
     prompt_ids: Sequence[int] | None = None,
     limit_PN: np.ndarray | None = None,
     logps: bool = False,
@@ -136,10 +137,10 @@ def stream(
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Yields (position in `prompts`, its completions) as prompts become complete, in any order.
 
-    Each prompt, token ids, gets `layout.samples` completions. `prompt_ids` name the prompts to the
-    random numbers (default: their positions), so a part of a job draws what the whole would.
-    `limit_PN` limits single completions (default: all to `layout.new_tokens`). `figures` is kept
-    up to date for whoever passed it.
+    Each prompt, token ids, gets `layout.samples` completions or, where `samples` says so, fewer.
+    `prompt_ids` name the prompts to the random numbers (default: their positions), so a part of a
+    job draws what the whole would. `limit_PN` limits single completions (default: all to
+    `layout.new_tokens`). `figures` is kept up to date for whoever passed it.
     """
     limit_PN = np.broadcast_to(
         layout.new_tokens if limit_PN is None else limit_PN, (len(prompts), layout.samples)
@@ -148,7 +149,7 @@ def stream(
     ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     figures = Figures() if figures is None else figures
     device = _Device(policy, layout, Settings.of(temperature, top_p, top_k), mesh)
-    schedule = Schedule(layout, [len(prompt) for prompt in prompts])
+    schedule = Schedule(layout, [len(prompt) for prompt in prompts], samples)
     found: dict[int, dict[int, Completion]] = {}
     while not schedule.done:
         mostly_running = 2 * schedule.num_live >= layout.shards * layout.rows
@@ -178,8 +179,7 @@ def stream(
                 logps=token_logps if logps else None,
             )
             if last:
-                samples = found.pop(prompt)
-                yield prompt, [samples[index] for index in range(layout.samples)]
+                yield prompt, [one for _, one in sorted(found.pop(prompt).items())]
 
 
 class _Device:

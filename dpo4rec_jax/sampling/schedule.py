@@ -60,12 +60,16 @@ class PrefillJob:
 class Schedule:
     """The bookkeeping of one job: `prefill_jobs`, `start_rows` and `finish` in turn until `done`.
 
-    `lengths` are of whole prompts; the last token of each is fed to its rows as their first step,
+    `lengths` are of whole prompts, `samples` how many texts each gets (default: all the same).
+    The last token of each is fed to its rows as their first step,
     so that prefill needs no logits and all tokens are drawn in one place.
     """
 
-    def __init__(self, layout: Layout, lengths: Sequence[int]):
+    def __init__(
+        self, layout: Layout, lengths: Sequence[int], samples: Sequence[int] | None = None
+    ):
         self.layout, self.lengths = layout, lengths
+        self.samples = [layout.samples] * len(lengths) if samples is None else samples
         X, B, G = layout.shards, layout.rows, layout.prompts
         self.queue = deque(range(len(lengths)))
         self.residents: list[list[Resident | None]] = [[None] * G for _ in range(X)]
@@ -86,7 +90,7 @@ class Schedule:
     def num_waiting(self) -> int:
         """Rows not started, of prompts resident or queued."""
         resident = sum(len(one.waiting) for shard in self.residents for one in shard if one)
-        return resident + len(self.queue) * self.layout.samples
+        return resident + sum(self.samples[prompt] for prompt in self.queue)
 
     def prefill_jobs(self) -> list[PrefillJob]:
         """The chunks of the next call, all of one size; empty where every free row has its prompt.
@@ -167,7 +171,7 @@ class Schedule:
         resident = Resident(
             prompt,
             deque(self.layout.chunks_of(num_tokens)),
-            waiting=deque(range(self.layout.samples)),
+            waiting=deque(range(self.samples[prompt])),
             free_lanes=deque(range(self.layout.lanes)),
         )
         self.residents[shard][slot] = resident

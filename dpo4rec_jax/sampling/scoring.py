@@ -23,7 +23,7 @@ def completion_token_logps(
     lora: llama.Params | None = None,
     lora_config: LoraConfig | None = None,
     lora_key: Array | None = None,
-    remat: bool = False,
+    remat: llama.Remat = "none",
     implementation: Implementation = "xla",
     mesh: Mesh | None = None,
     chunk_tokens: int = CHUNK_TOKENS,

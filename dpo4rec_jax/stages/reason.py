@@ -36,19 +36,23 @@ Key = tuple[Kind, str, int]  # kind, raw id, sample
 
 @dataclass(frozen=True)
 class Job:
-    """Prompts that get the same number of texts. `ids` name them to the random numbers: users by
-    their index, items behind the users."""
+    """Prompts of one kind, and how many texts each of them gets. `ids` name the prompts to the
+    random numbers: users by their index, items behind the users."""
 
-    name: str
     kind: Kind
     prompts: list[Prompt]
+    samples: list[int]
     ids: list[int]
-    samples: int
     max_new_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}s"
 
     def texts(self) -> list[Key]:
         """Which texts it is made of."""
-        return [(self.kind, one.id, n) for one in self.prompts for n in range(self.samples)]
+        pairs = zip(self.prompts, self.samples, strict=True)
+        return [(self.kind, prompt.id, n) for prompt, count in pairs for n in range(count)]
 
 
 Writer = Callable[[Job, Parts], None]
@@ -61,7 +65,7 @@ def run(stage: Stage) -> None:
     if first and config.texts is not None:
         users = _given_users(stage, prepared, config.texts)
     else:
-        users = _write(stage, "users", _user_jobs(stage, prepared), writer)
+        users = _write(stage, _user_job(stage, prepared), writer)
     _log_quality(stage, users)
 
     if not first:
@@ -69,41 +73,36 @@ def run(stage: Stage) -> None:
         shutil.copyfile(items_path, stage.directory / "items.jsonl")
         return
     if not _given_items(stage, prepared):
-        _write(stage, "items", [_item_job(stage, prepared)], writer)
+        _write(stage, _item_job(stage, prepared), writer)
 
 
-def _user_jobs(stage: Stage, prepared: Prepared) -> list[Job]:
-    config, training_U = stage.config.reason, prepared.split_U == TRAIN
-    jobs = []
-    for name, mask_U, samples in (
-        ("training users", training_U, config.samples),
-        ("validation and test users", ~training_U, 1),
-    ):
-        users = np.flatnonzero(mask_U).tolist()
-        prompts = [prepared.user_prompts[user] for user in users]
-        jobs.append(Job(name, "user", prompts, users, samples, config.max_new_tokens))
-    return jobs
+def _user_job(stage: Stage, prepared: Prepared) -> Job:
+    """All users in one job, so that those with one text fill rows between those with many."""
+    config = stage.config.reason
+    samples = [config.samples if split == TRAIN else 1 for split in prepared.split_U]
+    ids = list(range(len(samples)))
+    return Job("user", prepared.user_prompts, samples, ids, config.max_new_tokens)
 
 
 def _item_job(stage: Stage, prepared: Prepared) -> Job:
-    num_users, prompts = len(prepared.user_id), prepared.item_prompts
-    ids = list(range(num_users, num_users + len(prompts)))
-    return Job("items", "item", prompts, ids, 1, stage.config.reason.item_max_new_tokens)
+    first, number = len(prepared.user_id), len(prepared.item_prompts)
+    ids = list(range(first, first + number))
+    most = stage.config.reason.item_max_new_tokens
+    return Job("item", prepared.item_prompts, [1] * number, ids, most)
 
 
-def _write(stage: Stage, name: str, jobs: Sequence[Job], writer: Writer) -> list[TextRecord]:
-    """Lets the writer finish the jobs, then puts `{name}.jsonl` in order; returns its texts."""
-    path = stage.directory / f"{name}.jsonl"
+def _write(stage: Stage, job: Job, writer: Writer) -> list[TextRecord]:
+    """Lets the writer finish the job, then puts `{name}.jsonl` in order; returns its texts."""
+    path = stage.directory / f"{job.name}.jsonl"
     if path.exists():  # an interrupted run got further than this
         return read_records(path)
-    parts = Parts(stage.directory, name, jax.process_index())
-    for job in jobs:
-        if job.prompts:
-            writer(job, parts)
-    _wait_for_all(f"{name} written")
+    parts = Parts(stage.directory, job.name, jax.process_index())
+    if job.prompts:
+        writer(job, parts)
+    _wait_for_all(f"{job.name} written")
     if jax.process_index() == 0:
-        parts.assemble(key for job in jobs for key in job.texts())
-    _wait_for_all(f"{name} assembled")
+        parts.assemble(job.texts())
+    _wait_for_all(f"{job.name} assembled")
     return read_records(path)
 
 
@@ -160,20 +159,21 @@ def _policy_writer(stage: Stage) -> Writer:
             top_k=config.top_k,
             seed=stage.config.seed,
             round=stage.round or 0,
+            samples=[job.samples[index] for index in share],
             prompt_ids=[job.ids[index] for index in share],
             logps=config.logps,
             figures=figures,
         )
-        total = len(share) * job.samples
+        total = sum(job.samples[index] for index in share)
         with stage.progress.track(f"reason: {job.name}", total, "texts") as task:
             for place, completions in completed:
                 index = share[place]
                 parts.append(_records(job, index, fitted[index], completions))
                 rate = figures.tokens / (time.monotonic() - began)
-                task.advance(job.samples, tokens_per_second=rate)
+                task.advance(len(completions), tokens_per_second=rate)
         if figures.tokens:
             rate = figures.tokens / (time.monotonic() - began)
-            stage.log.write(0, {f"{_slug(job)}/tokens_per_second": rate})
+            stage.log.write(0, {f"{job.name}/tokens_per_second": rate})
 
     return write
 
@@ -184,7 +184,7 @@ def _share(job: Job, parts: Parts) -> list[int]:
     return [
         index
         for index in range(jax.process_index(), len(job.prompts), jax.process_count())
-        if held[job.prompts[index].id] < job.samples
+        if held[job.prompts[index].id] < job.samples[index]
     ]
 
 
@@ -230,7 +230,7 @@ def fit_prompts(stage: Stage, policy: Policy, job: Job) -> list[list[int]]:
         "history_entries_dropped": dropped,
         "prompt_tokens_mean": np.mean([len(ids) for ids in fitted]),
     }
-    stage.log.write(0, {f"{_slug(job)}/{name}": float(n) for name, n in numbers.items()})
+    stage.log.write(0, {f"{job.name}/{name}": float(n) for name, n in numbers.items()})
     return fitted
 
 
@@ -242,10 +242,10 @@ def _endpoint_writer(stage: Stage) -> Writer:
     def write(job: Job, parts: Parts) -> None:
         held = {(record.id, record.sample) for record in parts.records()}
         requests = [
-            Request((prompt.id, index), prompt.messages, job.max_new_tokens)
-            for prompt in job.prompts[jax.process_index() :: jax.process_count()]
-            for index in range(job.samples)
-            if (prompt.id, index) not in held
+            Request((prompt.id, sample), prompt.messages, job.max_new_tokens)
+            for prompt, count in ((job.prompts[i], job.samples[i]) for i in _share(job, parts))
+            for sample in range(count)
+            if (prompt.id, sample) not in held
         ]
         with stage.progress.track(f"reason: {job.name}", len(requests), "texts") as task:
             for reply in endpoint.replies(requests):
@@ -310,7 +310,3 @@ def _log_quality(stage: Stage, records: Sequence[TextRecord]) -> None:
         shares = [len(set(texts)) / len(texts) for texts in several]
         numbers["distinct_share"] = np.mean(shares)
     stage.log.write(0, {name: float(number) for name, number in numbers.items()})
-
-
-def _slug(job: Job) -> str:
-    return job.name.replace(" ", "_")

@@ -223,11 +223,23 @@ def test_a_finished_rows_slot_is_used_at_once(policy) -> None:
 
 
 def compiled_decode(layout: Layout, policy: TinyPolicy) -> str:
-    state = steps.empty(policy.config, layout, None)
+    prefix, suffix, rows = steps.empty(policy.config, layout, None)
     params = llama.split_layers(policy.params)
     turn = steps.idle_turn(Schedule(layout, [20] * 3))
-    arguments = (policy.config, params, *state, turn, Settings.of(1.0, 1.0, 0), jnp.zeros(1, int))
-    return steps.decode.lower(*arguments).compile().as_text()
+    kept = (params, prefix, turn, Settings.of(1.0, 1.0, 0), jnp.zeros(1, int))
+    # Flat lists: lowering puts what is no array into the arguments' own classes, which are checked.
+    kept_leaves, kept_tree = jax.tree.flatten(kept)
+    donated_leaves, donated_tree = jax.tree.flatten((suffix, rows))
+
+    def decode(donated: list, others: list) -> list:
+        suffix, rows = donated_tree.unflatten(donated)
+        params, prefix, *rest = kept_tree.unflatten(others)
+        return jax.tree.leaves(
+            steps.decode.__wrapped__(policy.config, params, prefix, suffix, rows, *rest)
+        )
+
+    lowered = jax.jit(decode, donate_argnums=0).lower(donated_leaves, kept_leaves)
+    return lowered.compile().as_text()
 
 
 def test_the_compiled_step_updates_the_caches_in_place(policy) -> None:

@@ -118,7 +118,7 @@ def test_gradients_of_shared_rows_equal_those_of_separate_rows(params):
     tokens, length, scored = separate_rows(ROWS)
 
     def together(params):
-        return loss_of(logps(params, batch(), remat=True, chunk_tokens=5).sum(axis=-1))
+        return loss_of(logps(params, batch(), remat="dots", chunk_tokens=5).sum(axis=-1))
 
     def apart(params):
         logp = plain_logps(params, tokens, length, None)

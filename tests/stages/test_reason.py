@@ -89,9 +89,11 @@ def finished(prepared, policy_dir, tmp_path_factory) -> Stage:
 
 def test_training_users_get_n_texts_the_others_one_and_items_one(finished, prepared) -> None:
     users = read_records(finished.directory / "users.jsonl")
-    training = [prepared.user_id[user] for user in np.flatnonzero(prepared.split_U == data.TRAIN)]
-    others = [id for id in prepared.user_id if id not in training]
-    wanted = [(id, n) for id in training for n in range(SAMPLES)] + [(id, 0) for id in others]
+    wanted = [
+        (id, sample)
+        for id, split in zip(prepared.user_id, prepared.split_U, strict=True)
+        for sample in range(SAMPLES if split == data.TRAIN else 1)
+    ]
     assert [(record.id, record.sample) for record in users] == wanted
     items = read_records(finished.directory / "items.jsonl")
     assert [record.id for record in items] == prepared.item_id
@@ -119,7 +121,7 @@ def test_what_the_texts_are_like_is_logged(finished) -> None:
     stops = [record.finish == "stop" for record in users]
     assert values["stopped_share"] == pytest.approx(np.mean(stops))
     assert 1 / SAMPLES <= values["distinct_share"] <= 1
-    assert values["training_users/tokens_per_second"] > 0
+    assert values["users/tokens_per_second"] > 0
 
 
 def test_a_run_killed_at_any_moment_continues_to_the_same_texts(
@@ -282,7 +284,7 @@ def chat_server(fail_from: int | None = None) -> Iterator[tuple[str, list[str]]]
 
 def user_job(prepared: data.Prepared) -> reason.Job:
     ids = list(range(len(prepared.user_prompts)))
-    return reason.Job("training users", "user", prepared.user_prompts, ids, SAMPLES, 8)
+    return reason.Job("user", prepared.user_prompts, [SAMPLES] * len(ids), ids, 8)
 
 
 def longest_prompt(policy: Policy, prepared: data.Prepared) -> int:
@@ -315,7 +317,7 @@ def test_a_long_prompt_loses_its_oldest_history_and_that_is_said(
         assert len(longer) > limit  # one entry more would not have fitted
     assert too_long > 0
     assert f"{too_long} of {len(fitted)} prompts shortened to {limit} tokens" in said(stage)
-    assert logged(stage)["training_users/prompts_shortened"] == too_long
+    assert logged(stage)["users/prompts_shortened"] == too_long
 
 
 def test_a_prompt_that_cannot_fit_stops_the_run(prepared, policy_dir, tmp_path) -> None:
