@@ -245,7 +245,9 @@ class AlignConfig(Section):
         0.05, "share of users whose pairs are evaluated and not trained on", ge=0.0, lt=1.0
     )
     max_shapes: Positive = field(4, "padded microbatch shapes, each a program to compile")
-    remat: bool = field(True, "recompute activations in the backward pass")
+    remat: Literal["full", "dots", "none"] = field(
+        "full", "recomputed in the backward pass: every activation, all but projections', nothing"
+    )
     log_every: Positive = field(5, "steps between lines of metrics.jsonl")
     save_every: Positive = field(50, "steps between checkpoints")
 

@@ -74,7 +74,7 @@ def pair_lines(count: int, seed: int = 0, vocabulary: int = 20) -> list[dict[str
 def align_stage(path: Path, policy: Path | str, pairs: list[dict[str, Any]], **sections) -> Stage:
     """A stage whose workspace holds these pairs as round 0's."""
     align = {"learning_rate": 3e-3, "beta": 0.1, "batch_pairs": 4, "max_shapes": 1}
-    align |= {"log_every": 1, "save_every": 3, "remat": False}
+    align |= {"log_every": 1, "save_every": 3, "remat": "none"}
     values = {"policy": {"path": str(policy)}} | sections
     values["align"] = align | sections.get("align", {})
     workspace = Workspace(path)

@@ -77,7 +77,17 @@ def policy(raw: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return directory
 
 
-def check_loop(
+# Every data set and every backbone once in the default run, the other six pairs in the slow one.
+DIAGONAL = {("ml-1m", "dlcm"), ("amazon-books", "prm"), ("amazon-beauty", "setrank")}
+PAIRS = [
+    pytest.param(data, backbone, marks=() if (data, backbone) in DIAGONAL else pytest.mark.slow)
+    for backbone in ("dlcm", "prm", "setrank")
+    for data in WRITERS
+]
+
+
+@pytest.mark.parametrize(("data", "backbone"), PAIRS)
+def test_loop_runs_from_raw_files_to_the_report(
     data: str, backbone: str, raw: dict[str, Path], policy: Path, tmp_path: Path
 ) -> None:
     config = CONFIGS / f"{data}-llama31-8b-{backbone}.yaml"
@@ -99,27 +109,3 @@ def check_loop(
     assert pairs
     assert all(pair["score_chosen"] >= pair["score_rejected"] for pair in pairs)
     assert train.main([*arguments, "--resume"]) == 0  # nothing left to do
-
-
-class Loop:
-    """One class a backbone, so that test processes share the nine loops between them."""
-
-    backbone: str
-
-    @pytest.mark.parametrize("data", WRITERS)
-    def test_runs_from_raw_files_to_the_report(
-        self, data: str, raw: dict[str, Path], policy: Path, tmp_path: Path
-    ) -> None:
-        check_loop(data, self.backbone, raw, policy, tmp_path)
-
-
-class TestDlcm(Loop):
-    backbone = "dlcm"
-
-
-class TestPrm(Loop):
-    backbone = "prm"
-
-
-class TestSetRank(Loop):
-    backbone = "setrank"

@@ -32,6 +32,7 @@ Params = Mapping[str, Any]
 
 INIT_DEVIATION = 0.02
 ROWS = ("data", "fsdp")  # mesh axes that split a batch
+Remat = Literal["full", "dots", "none"]
 DTypeName = Literal["float32", "bfloat16"]
 
 
@@ -239,7 +240,7 @@ class Decoder(nn.Module):
     lora_config: LoraConfig | None = None
     dropout: bool = False
     mesh: Mesh | None = None
-    remat: bool = False
+    remat: Remat = "none"
     split: bool = False
 
     @nn.compact
@@ -268,8 +269,13 @@ class Decoder(nn.Module):
         return rms_norm(x_BTD, scale_D, config.rms_eps), cache
 
     def _layer(self) -> Any:
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        layer = Layer if self.remat == "none" else self._rematerialised()
         return functools.partial(layer, self.config, self.lora_config, self.dropout, self.mesh)
+
+    def _rematerialised(self) -> Any:
+        products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = products if self.remat == "dots" else None
+        return nn.remat(Layer, prevent_cse=False, policy=policy)
 
     def _run_scanned(self, x_BTD: Array, cache: Any, lora: Any, shared: Any) -> tuple[Array, Any]:
         layer = self._layer()
@@ -317,15 +323,17 @@ def apply(
     lora: Params | None = None,
     lora_config: LoraConfig | None = None,
     lora_key: Array | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Hidden states after the final norm, in the compute dtype, and the new cache.
 
     The cache is whatever the attention strategy keeps, with a leading layer axis. After
     `split_layers` the layers run one by one instead, and the cache is a tuple of one entry a layer.
-    `lora_key` turns the adapters' dropout on; `remat` recomputes each layer in the backward pass;
-    `mesh` is what the parameters lie on (axes data, fsdp, tensor): rows are split by the first two.
+    `lora_key` turns the adapters' dropout on. The backward pass recomputes every activation of a
+    layer (`remat` "full"), all but its projections' products ("dots": attention and what is
+    elementwise cost little to recompute and much to keep), or nothing. `mesh` is what the
+    parameters lie on (axes data, fsdp, tensor): rows are split by the first two.
     """
     rngs = {} if lora_key is None else {"dropout": lora_key}
     split = "layers" not in params

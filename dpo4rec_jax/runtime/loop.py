@@ -53,7 +53,7 @@ class Trainer:
         whose loss or gradient was not finite.
         """
         state, done = self._restored(state, feed, checkpoints)
-        programs = _Programs(self)
+        programs = Programs(self.loss, self.optimizer, self.schedule)
         meter = _Meter(self, step=int(state.step), programs=programs)
         with self.progress.track(self.description, len(feed.microbatches), "microbatches") as task:
             _advance(task, done)
@@ -98,28 +98,30 @@ def _advance(task: Task, n: int, **figures: float) -> None:
         task.advance(n, **figures)
 
 
-class _Programs:
+class Programs:
     """Compiled steps by microbatch shape; compile time is kept apart from the time of training."""
 
-    def __init__(self, trainer: Trainer):
-        self._trainer = trainer
+    def __init__(
+        self, loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    ):
+        self._loss, self._optimizer, self._schedule = loss, optimizer, schedule
         self._compiled: dict[Any, Any] = {}
         self.seconds_compiling = 0.0
 
     def run(
         self, state: TrainState, frozen: Tree, batch: training.Batch, microbatch: Microbatch
     ) -> tuple[TrainState, dict[str, jax.Array] | None]:
-        trainer = self._trainer
+        """Takes in one microbatch; figures come with the one that ends a step. Donates `state`."""
         if state.pending is None:
             assert microbatch.ends_step, "a state without room for accumulation"
-            step = training.step(trainer.loss, trainer.optimizer, trainer.schedule)
+            step = training.step(self._loss, self._optimizer, self._schedule)
             return self._call("step", microbatch.shape, step, state, frozen, batch)
 
         def add(state: TrainState, frozen: Tree, batch: training.Batch) -> tuple[TrainState, None]:
-            return training.accumulate(trainer.loss, state, frozen, batch), None
+            return training.accumulate(self._loss, state, frozen, batch), None
 
         def update(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-            return training.update(trainer.optimizer, trainer.schedule, state)
+            return training.update(self._optimizer, self._schedule, state)
 
         state, figures = self._call("accumulate", microbatch.shape, add, state, frozen, batch)
         if microbatch.ends_step:
@@ -142,7 +144,7 @@ class _Meter:
 
     trainer: Trainer
     step: int
-    programs: _Programs
+    programs: Programs
     shown: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

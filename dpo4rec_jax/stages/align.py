@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,15 +220,24 @@ def reference_logps(stage: Stage, tuning: Tuning, rows: Rows, size: int) -> np.n
         with np.load(path, allow_pickle=False) as kept:
             if str(kept["digest"]) == digest:
                 return kept["logp_BP"]
-    microbatches = in_order(rows, size, max_shapes=stage.config.align.max_shapes)
-    compute = functools.partial(jax.jit(tuning.policy_logps), tuning.policy.params)
+    max_shapes = stage.config.align.max_shapes
     with stage.progress.track("reference log-probabilities", len(rows), "pairs") as task:
-        results = tuning.for_each(compute, rows, microbatches, size, task.advance)
-    logp_BP = np.zeros((len(rows), 2), np.float32)
-    for microbatch, result in zip(microbatches, results, strict=True):
-        logp_BP[list(microbatch.rows)] = result[: len(microbatch.rows)]
+        logp_BP = policy_logps(tuning, rows, size, max_shapes, task.advance)
     if jax.process_index() == 0:
         write_npz(path, {"digest": np.array(digest), "logp_BP": logp_BP})
+    return logp_BP
+
+
+def policy_logps(
+    tuning: Tuning, rows: Rows, size: int, max_shapes: int, advance: Callable[[int], None]
+) -> np.ndarray:
+    """Log-probabilities of all completions of all rows under the policy given, before training."""
+    microbatches = in_order(rows, size, max_shapes=max_shapes)
+    compute = functools.partial(jax.jit(tuning.policy_logps), tuning.policy.params)
+    results = tuning.for_each(compute, rows, microbatches, size, advance)
+    logp_BP = np.zeros((len(rows), len(rows.completions[0])), np.float32)
+    for microbatch, result in zip(microbatches, results, strict=True):
+        logp_BP[list(microbatch.rows)] = result[: len(microbatch.rows)]
     return logp_BP
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from dpo4rec_jax.config import Config, LoraConfig
 from dpo4rec_jax.models import lora
 from dpo4rec_jax.models.attention import Implementation, choose
+from dpo4rec_jax.models.llama import Remat
 from dpo4rec_jax.runtime.loader import Microbatch, Rows, batch_of
 from dpo4rec_jax.runtime.mesh import BATCH, make_mesh, shardings
 from dpo4rec_jax.runtime.state import Batch, TrainState, Tree
@@ -38,7 +39,7 @@ class Tuning:
     lora: LoraConfig | None
     mesh: Mesh | None
     implementation: Implementation = "xla"
-    remat: bool = True
+    remat: Remat = "full"
 
     def start(self, seed: int) -> tuple[Tree, Tree]:
         """(trainable, frozen) parameters; the policy they make is, exactly, the one given.
@@ -183,7 +184,7 @@ def load(
 
 
 def tuning_of(
-    config: Config, policy: Policy, lora_config: LoraConfig | None, *, remat: bool
+    config: Config, policy: Policy, lora_config: LoraConfig | None, *, remat: Remat
 ) -> Tuning:
     mesh = mesh_of(config)
     if mesh is not None:

@@ -49,7 +49,7 @@ def run(stage: Stage) -> None:
         policy = make_tiny(config.policy.model_copy(update={"param_dtype": "float32"}), words, key)
     else:
         policy = load(config, config.policy.path, (), lora_config)
-    tuning = tuning_of(config, policy, lora_config, remat=not tiny)
+    tuning = tuning_of(config, policy, lora_config, remat="none" if tiny else config.align.remat)
     if warmup.texts in (None, "synthetic"):
         rows = synthetic_rows(stage, policy)
     else:

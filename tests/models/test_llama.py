@@ -101,7 +101,7 @@ def test_gradients_equal_torchs(name: str, pair: Any, tokens_BT: np.ndarray) -> 
         position_BT = jnp.broadcast_to(jnp.arange(24), (2, 24))
         attention = Causal(jnp.array([24, 24]))
         hidden_BTD, _ = llama.apply(
-            policy.config, params, jnp.asarray(tokens_BT), position_BT, attention, remat=True
+            policy.config, params, jnp.asarray(tokens_BT), position_BT, attention, remat="full"
         )
         logp_BTV = jax.nn.log_softmax(llama.unembed(policy.config, params, hidden_BTD))[:, :-1]
         return -jnp.take_along_axis(logp_BTV, jnp.asarray(tokens_BT[:, 1:, None]), -1).mean()
@@ -177,7 +177,7 @@ tokens, lengths = jnp.arange(8 * 10).reshape(8, 10), jnp.arange(3, 11)
 def loss(params, tokens, lengths, mesh):
     attention = Causal(lengths)
     position = attention.position_BT(10)
-    hidden, _ = llama.apply(config, params, tokens, position, attention, remat=True, mesh=mesh)
+    hidden, _ = llama.apply(config, params, tokens, position, attention, remat="full", mesh=mesh)
     logp = jax.nn.log_softmax(llama.unembed(config, params, hidden))
     return -jnp.take_along_axis(logp[:, :-1], tokens[:, 1:, None], -1).mean()
 gradient = jax.jit(jax.value_and_grad(loss), static_argnums=3)

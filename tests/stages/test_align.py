@@ -118,7 +118,7 @@ def test_reference_is_computed_once_and_kept_under_weights_and_tokens(finished, 
     (stage.directory / "reference.npz").write_bytes(kept.read_bytes())
     rows = align.rows_of(align.read_pairs(tmp_path / "round0" / "prefer" / "pairs.jsonl"))
     loaded = load_policy(policy)
-    tuning = align.tuning_of(stage.config, loaded, None, remat=False)
+    tuning = align.tuning_of(stage.config, loaded, None, remat="none")
 
     def forbidden(*_):
         raise AssertionError("computed again")

@@ -120,7 +120,7 @@ def test_gradients_of_an_adapter_equal_torchs(base: Path, policy: Policy, tmp_pa
             Causal(jnp.asarray(LENGTH_B)),
             lora=adapter,
             lora_config=lora_config,
-            remat=True,
+            remat="full",
         )
         logp_BTV = jax.nn.log_softmax(llama.unembed(policy.config, policy.params, hidden_BTD))
         picked_BT1 = jnp.take_along_axis(logp_BTV[:, :-1], jnp.asarray(TOKENS_BT)[:, 1:, None], -1)
