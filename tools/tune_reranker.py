@@ -1,7 +1,7 @@
 """Searches re-ranker settings on the validation users of a prepared data set; test is not touched.
 
     python tools/tune_reranker.py --prepared runs/x/prepare --set backbone=dlcm,prm dropout=0,0.1
-    python tools/tune_reranker.py --prepared runs/x/prepare --vectors runs/x/round0/encode/vectors.npz
+    python tools/tune_reranker.py --prepared P --vectors runs/x/round0/encode/vectors.npz
 
 Every combination of the values given is trained (`--draws N`: N of them at random); one JSON line
 a trial goes to --output, and the table of all its lines is printed at the end.

@@ -64,6 +64,7 @@ def dpo_loss(
     # A completion truncated away has no tokens; its log-probability is 0 and so is its mean.
     tokens_BP = None if length_BP is None else jnp.maximum(length_BP, 1).astype(jnp.float32)
     if length_normalise:
+        assert tokens_BP is not None, "normalisation by length needs length_BP"
         ratio_BP = ratio_BP / tokens_BP
     lead_B = beta * (ratio_BP[..., 0] - ratio_BP[..., 1])
     if margin_B is not None:

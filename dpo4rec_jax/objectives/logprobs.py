@@ -42,15 +42,16 @@ def token_logps(
     pad = num_chunks * size - num_tokens
     hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0)))
     target_BT = jnp.pad(target_BT, ((0, 0), (0, pad)))
-    return _token_logps(hidden_BTD, unembedding_DV, target_BT, num_chunks)[:, :num_tokens]
+    logp_BT: Any = _token_logps(hidden_BTD, unembedding_DV, target_BT, num_chunks)
+    return logp_BT[:, :num_tokens]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _token_logps(
     hidden_BTD: Array, unembedding_DV: Array, target_BT: Array, num_chunks: int
 ) -> Array:
-    def one_chunk(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
-        logp, _, _ = _logits_and_logps(*chunk, unembedding_DV)
+    def one_chunk(carry: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
+        logp = _logits_and_logps(*chunk, unembedding_DV)[0]
         return None, logp
 
     chunks = _split(hidden_BTD, num_chunks), _split(target_BT, num_chunks)

@@ -53,7 +53,7 @@ class Checkpoints:
             state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
         )
         try:
-            kept = self._manager.restore(number, args=args)
+            kept: Any = self._manager.restore(number, args=args)
         except (ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
             where = Path(str(self._manager.directory)) / str(number)

@@ -111,7 +111,7 @@ def shuffled(
     multiple: int = 16,
 ) -> list[Microbatch]:
     """The microbatches of a whole training run. The last step of an epoch may hold fewer rows."""
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(epochs)
+    order: Any = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(epochs)
     microbatches: list[tuple[tuple[int, ...], bool]] = []
     for epoch in range(epochs):
         start = epoch * len(rows)
@@ -156,9 +156,9 @@ class _Source:
     def __len__(self) -> int:
         return len(self._microbatches)
 
-    def __getitem__(self, number: int) -> tuple[int, dict[str, np.ndarray]]:
-        microbatch = self._microbatches[number]
-        return number, batch_of(self._rows, microbatch.rows, microbatch.shape, self._size)
+    def __getitem__(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
+        microbatch = self._microbatches[index]
+        return index, batch_of(self._rows, microbatch.rows, microbatch.shape, self._size)
 
 
 def _cut(order: Sequence[int], size: int) -> list[tuple[tuple[int, ...], bool]]:

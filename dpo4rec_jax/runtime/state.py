@@ -7,6 +7,7 @@ batch or in unequal parts, on one device or on many (a mean of means would not b
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ def accumulate(loss: Loss, state: TrainState, frozen: Tree, batch: Batch) -> Tra
     pending = Pending(gradient, sums)
     if state.pending is not None:
         pending = jax.tree.map(jnp.add, state.pending, pending)
-    return state.replace(pending=pending, microbatch=state.microbatch + 1)
+    return dataclasses.replace(state, pending=pending, microbatch=state.microbatch + 1)
 
 
 def update(
@@ -122,7 +123,8 @@ def update(
     finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
     updates, moved = optimizer.update(gradient, state.optimizer, state.trainable)
     figures = {name: value / weight for name, value in pending.sums.figures.items()}
-    new_state = state.replace(
+    new_state = dataclasses.replace(
+        state,
         trainable=_where(finite, optax.apply_updates(state.trainable, updates), state.trainable),
         optimizer=_where(finite, moved, state.optimizer),
         step=state.step + 1,
@@ -153,7 +155,7 @@ def step(
         state: TrainState, frozen: Tree, batch: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
         state, figures = update(optimizer, schedule, accumulate(loss, state, frozen, batch))
-        return state.replace(pending=None), figures
+        return dataclasses.replace(state, pending=None), figures
 
     return one_step
 

@@ -7,6 +7,7 @@ and after. Nothing is tokenised: pairs carry the ids that were sampled.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -71,7 +72,8 @@ def run(stage: Stage) -> None:
 
     rows = rows_of(pairs)
     size = microbatch_rows(align, tuning)
-    rows.extra["logp_reference_BP"] = reference_logps(stage, tuning, rows, size)
+    reference_BP = reference_logps(stage, tuning, rows, size)
+    rows = dataclasses.replace(rows, extra={**rows.extra, "logp_reference_BP": reference_BP})
     held_out = held_out_rows(pairs, align.heldout_fraction, seed_of(config, HELDOUT_STREAM))
     training_rows = rows.take(np.flatnonzero(~held_out).tolist())
     heldout_rows = rows.take(np.flatnonzero(held_out).tolist())
@@ -115,15 +117,17 @@ def read_pairs(path: Path) -> list[Pair]:
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
-            ids = [tuple(map(int, value[f"{part}_tokens"])) for part in ("prompt", *_SIDES)]
+            prompt, chosen, rejected = (
+                tuple(map(int, value[f"{part}_tokens"])) for part in ("prompt", *_SIDES)
+            )
             gap = float(value["score_chosen"]) - float(value["score_rejected"])
             user = str(value.get("user", value["prompt_tokens"]))
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{path}:{number}: not a pair ({reason})") from None
-        if not all(ids):
+        if not (prompt and chosen and rejected):
             raise InputError(f"{path}:{number}: a prompt or completion without tokens")
-        pairs.append(Pair(user, *ids, gap))
+        pairs.append(Pair(user, prompt, chosen, rejected, gap))
     if not pairs:
         raise InputError(f"{path}: no pairs to train on; run stage prefer again")
     return pairs
