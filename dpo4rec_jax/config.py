@@ -324,12 +324,22 @@ def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
+    _check_names(values, path)
     base = values.pop("base", None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise InputError(f"{path}: base: expected a file name, got {base!r}")
     return _merge(_read_yaml(path.parent / base, (*chain, path.resolve())), values)
+
+
+def _check_names(values: dict[Any, Any], path: Path) -> None:
+    """YAML takes numbers, dates and null for keys; a config's keys are words."""
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise InputError(f"{path}: expected a word as key, got {key!r}")
+        if isinstance(value, dict):
+            _check_names(value, path)
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def test_set_wins_over_the_file_in_order(tmp_path: Path) -> None:
         ("rounds: -1", "rounds: input should be greater than or equal to 0, got -1"),
         ("reason: {top_p: 1.5}", "reason.top_p: input should be less than or equal to 1"),
         ("rank: 3", "rank: input should be a valid dictionary"),
+        ("?", "expected a word as key, got None"),
+        ("rank: {1: 2}", "expected a word as key, got 1"),
         ("- a", "expected a mapping of sections, got list"),
         ("a: [", "c.yaml:2: not valid YAML"),
         ("base: nowhere.yaml", "nowhere.yaml: cannot read the config: No such file"),

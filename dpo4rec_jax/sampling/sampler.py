@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dpo4rec_jax.config import InputError
@@ -23,6 +22,7 @@ from dpo4rec_jax.sampling import steps
 from dpo4rec_jax.sampling.filters import Settings
 from dpo4rec_jax.sampling.layout import Layout, plan_layout
 from dpo4rec_jax.sampling.schedule import PrefillJob, Schedule, Start
+from dpo4rec_jax.sampling.steps import Job
 
 BURST = 8  # prefill calls between two decode calls while most rows are running
 
@@ -148,7 +148,8 @@ def stream(
     _check(prompts, layout, limit_PN)
     ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     figures = Figures() if figures is None else figures
-    device = _Device(policy, layout, Settings.of(temperature, top_p, top_k), mesh)
+    settings = Settings.of(temperature, top_p, top_k)
+    device = _Device(policy, layout, Job.of(settings, policy.stop_ids, seed, round), mesh)
     schedule = Schedule(layout, [len(prompt) for prompt in prompts], samples)
     found: dict[int, dict[int, Completion]] = {}
     while not schedule.done:
@@ -163,8 +164,8 @@ def stream(
         starts = schedule.start_rows()
         turn = steps.idle_turn(schedule)
         for start in starts:
-            keys_N2 = steps.row_keys(seed, round, ids[start.prompt], layout.samples)
-            _begin(turn, start, prompts[start.prompt], limit_PN, np.asarray(keys_N2))
+            limit = limit_PN[start.prompt, start.sample]
+            _begin(turn, start, prompts[start.prompt], ids[start.prompt], limit)
         figures.decode_calls += 1
         finished, taken = device.decode(turn)
         figures.decode_steps += taken
@@ -189,13 +190,12 @@ class _Device:
         self,
         policy: Policy,
         layout: Layout,
-        settings: Settings,
+        job: Job,
         mesh: jax.sharding.Mesh | None,
     ):
         config = self._config = policy.config
-        self._layout, self._settings = layout, settings
+        self._layout, self._job = layout, job
         self._params = llama.split_layers(policy.params)
-        self._stop_ids = jnp.asarray(policy.stop_ids or (-1,), jnp.int32)
 
         self._sharding = steps.Sharding(mesh) if mesh is not None and mesh.size > 1 else None
         self._prefix, self._suffix, self._rows = steps.empty(config, layout, self._sharding)
@@ -232,8 +232,7 @@ class _Device:
             self._suffix,
             self._rows,
             turn,
-            self._settings,
-            self._stop_ids,
+            self._job,
             self._sharding,
         )
         active_XB = np.asarray(self._rows.active_XB)
@@ -252,14 +251,15 @@ class _Device:
 
 
 def _begin(
-    turn: steps.Turn, start: Start, prompt: Sequence[int], limit_PN: np.ndarray, keys_N2: np.ndarray
+    turn: steps.Turn, start: Start, prompt: Sequence[int], prompt_id: int, limit: int
 ) -> None:
     at = (start.shard, start.row)
     turn.fresh_XB[at] = True
     turn.token_XB[at] = prompt[-1]
     turn.position_XB[at] = len(prompt) - 1
-    turn.limit_XB[at] = limit_PN[start.prompt, start.sample]
-    turn.key_XB2[at] = keys_N2[start.sample]
+    turn.limit_XB[at] = limit
+    turn.prompt_id_XB[at] = prompt_id
+    turn.sample_XB[at] = start.sample
 
 
 def _check(prompts: Sequence[Sequence[int]], layout: Layout, limit_PN: np.ndarray) -> None:

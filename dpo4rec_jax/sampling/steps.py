@@ -28,6 +28,8 @@ from dpo4rec_jax.sampling.schedule import Schedule
 STEPS = 16  # tokens of a row between two looks of the host, at the most
 IDLE_SHARE = 16  # the host is called when one row in so many is idle and others wait
 
+PRNG = "threefry2x32"  # the same draws whatever jax's default
+
 State = TypeVar("State")
 Caches = tuple[KeyValues, ...]  # one a layer
 
@@ -62,6 +64,22 @@ class Rows:
 
 
 @flax.struct.dataclass
+class Job:
+    """What holds for all rows of a job; traced, so another job of the same sizes compiles nothing."""
+
+    settings: filters.Settings
+    stop_ids_N: Int[Array, " N"]
+    key_2: UInt32[Array, 2]  # of the seed and the round
+
+    @classmethod
+    def of(
+        cls, settings: filters.Settings, stop_ids: tuple[int, ...], seed: int, round: int
+    ) -> Job:
+        key = jax.random.fold_in(jax.random.key(seed, impl=PRNG), round)
+        return cls(settings, jnp.array(stop_ids or (-1,), jnp.int32), jax.random.key_data(key))
+
+
+@flax.struct.dataclass
 class Turn:
     """What the host says at the start of a decode call: rows that begin, and who shares what."""
 
@@ -69,7 +87,8 @@ class Turn:
     token_XB: Int[Any, "X B"]
     position_XB: Int[Any, "X B"]
     limit_XB: Int[Any, "X B"]
-    key_XB2: UInt32[Any, "X B 2"]
+    prompt_id_XB: Int[Any, "X B"]  # with the sample and the job's key, what the draws come from
+    sample_XB: Int[Any, "X B"]
     row_of_lane_XL: Int[Any, "X L"]
     lane_of_row_XB: Int[Any, "X B"]
     prefix_length_XG: Int[Any, "X G"]
@@ -86,7 +105,8 @@ def idle_turn(schedule: Schedule) -> Turn:
         token_XB=np.zeros(shape, np.int32),
         position_XB=np.zeros(shape, np.int32),
         limit_XB=np.zeros(shape, np.int32),
-        key_XB2=np.zeros((*shape, 2), np.uint32),
+        prompt_id_XB=np.zeros(shape, np.int32),
+        sample_XB=np.zeros(shape, np.int32),
         # Copies: the device may still read these when the schedule writes its own.
         row_of_lane_XL=schedule.row_of_lane_XL.copy(),
         lane_of_row_XB=schedule.lane_of_row_XB.copy(),
@@ -172,15 +192,14 @@ def decode(
     suffix: Caches,
     rows: Rows,
     turn: Turn,
-    settings: filters.Settings,
-    stop_ids: Int[Array, " N"],
+    job: Job,
     sharding: Sharding | None = None,
 ) -> tuple[Caches, Rows, Array]:
     """Starts the turn's fresh rows and draws tokens until one of its limits.
 
     Returns suffixes and rows as they are then, and the number of steps taken.
     """
-    rows = _begin(rows, turn)
+    rows = _begin(rows, turn, job)
     num_active = rows.active_XB.sum()
 
     def step(state: tuple[Array, Caches, Rows]) -> Any:
@@ -198,7 +217,7 @@ def decode(
             tuple(zip(prefix, suffix, strict=True)),
         )
         logits_BV = llama.unembed(config, params, hidden_B1D[:, 0])
-        return index + 1, suffix, _advance(rows, logits_BV, settings, stop_ids)
+        return index + 1, suffix, _advance(rows, logits_BV, job)
 
     def proceed(state: tuple[Array, Caches, Rows]) -> Array:
         index, _, rows = state
@@ -209,7 +228,11 @@ def decode(
     return *constrain((suffix, rows), sharding), taken
 
 
-def _begin(rows: Rows, turn: Turn) -> Rows:
+def _begin(rows: Rows, turn: Turn, job: Job) -> Rows:
+    def row_key(prompt_id: Array, sample: Array) -> Array:
+        key = jax.random.wrap_key_data(job.key_2, impl=PRNG)
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample))
+
     def renew(new: Array, old: Array) -> Array:
         fresh = turn.fresh_XB if new.ndim == 2 else turn.fresh_XB[..., None]
         return jnp.where(fresh, new, old)
@@ -221,22 +244,22 @@ def _begin(rows: Rows, turn: Turn) -> Rows:
         length_XB=renew(jnp.zeros_like(rows.length_XB), rows.length_XB),
         limit_XB=renew(turn.limit_XB, rows.limit_XB),
         active_XB=rows.active_XB | turn.fresh_XB,
-        key_XB2=renew(turn.key_XB2, rows.key_XB2),
+        key_XB2=renew(jax.vmap(jax.vmap(row_key))(turn.prompt_id_XB, turn.sample_XB), rows.key_XB2),
     )
 
 
-def _advance(rows: Rows, logits_BV: Array, settings: filters.Settings, stop_ids: Array) -> Rows:
+def _advance(rows: Rows, logits_BV: Array, job: Job) -> Rows:
     """Draws a token for every active row; the others stand still."""
     shape_XB = rows.token_XB.shape
-    key_B = jax.random.wrap_key_data(rows.key_XB2.reshape(-1, 2), impl="threefry2x32")
+    key_B = jax.random.wrap_key_data(rows.key_XB2.reshape(-1, 2), impl=PRNG)
     key_B = jax.vmap(jax.random.fold_in)(key_B, rows.length_XB.reshape(-1))
-    token_B = filters.draw(logits_BV, key_B, settings)
+    token_B = filters.draw(logits_BV, key_B, job.settings)
     token_XB = token_B.reshape(shape_XB)
     logp_XB = filters.token_logps(logits_BV, token_B).reshape(shape_XB)
 
     one_XB = rows.active_XB.astype(jnp.int32)
     length_XB = rows.length_XB + one_XB
-    stopped_XB = (token_XB[..., None] == stop_ids[None, None]).any(axis=-1)
+    stopped_XB = (token_XB[..., None] == job.stop_ids_N[None, None]).any(axis=-1)
     index_11T = jnp.arange(rows.tokens_XBT.shape[-1])[None, None]
     here_XBT = (index_11T == rows.length_XB[..., None]) & rows.active_XB[..., None]
     return dataclasses.replace(
@@ -248,11 +271,3 @@ def _advance(rows: Rows, logits_BV: Array, settings: filters.Settings, stop_ids:
         tokens_XBT=jnp.where(here_XBT, token_XB[..., None], rows.tokens_XBT),
         logps_XBT=jnp.where(here_XBT, logp_XB[..., None], rows.logps_XBT),
     )
-
-
-@functools.partial(jax.jit, static_argnames="num_samples")
-def row_keys(seed: Array, round: Array, prompt_id: Array, num_samples: int) -> Array:
-    key = jax.random.key(seed, impl="threefry2x32")
-    key = jax.random.fold_in(jax.random.fold_in(key, round), prompt_id)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_samples))
-    return jax.random.key_data(keys)

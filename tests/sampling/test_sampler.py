@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -226,7 +225,8 @@ def compiled_decode(layout: Layout, policy: TinyPolicy) -> str:
     prefix, suffix, rows = steps.empty(policy.config, layout, None)
     params = llama.split_layers(policy.params)
     turn = steps.idle_turn(Schedule(layout, [20] * 3))
-    kept = (params, prefix, turn, Settings.of(1.0, 1.0, 0), jnp.zeros(1, int))
+    job = steps.Job.of(Settings.of(1.0, 1.0, 0), (3, 4), seed=0, round=0)
+    kept = (params, prefix, turn, job)
     # Flat lists: lowering puts what is no array into the arguments' own classes, which are checked.
     kept_leaves, kept_tree = jax.tree.flatten(kept)
     donated_leaves, donated_tree = jax.tree.flatten((suffix, rows))

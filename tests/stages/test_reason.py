@@ -223,6 +223,7 @@ assert int(process) == jax.process_index() and jax.process_count() == 2
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_prompts_and_write_the_texts_of_one(
     finished, prepared, policy_dir, tmp_path
 ) -> None:
