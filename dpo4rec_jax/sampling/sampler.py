@@ -164,7 +164,7 @@ def stream(
         starts = schedule.start_rows()
         turn = steps.idle_turn(schedule)
         for start in starts:
-            limit = limit_PN[start.prompt, start.sample]
+            limit = int(limit_PN[start.prompt, start.sample])
             _begin(turn, start, prompts[start.prompt], ids[start.prompt], limit)
         figures.decode_calls += 1
         finished, taken = device.decode(turn)

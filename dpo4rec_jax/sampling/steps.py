@@ -65,7 +65,7 @@ class Rows:
 
 @flax.struct.dataclass
 class Job:
-    """What holds for all rows of a job; traced, so another job of the same sizes compiles nothing."""
+    """What holds for all rows; traced, so another job of the same sizes compiles nothing."""
 
     settings: filters.Settings
     stop_ids_N: Int[Array, " N"]
