@@ -362,6 +362,9 @@ def start_trl(options: argparse.Namespace) -> tuple[Callable, Callable]:
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset  # it is tokenized
+
     told, done = queue.Queue(), queue.Queue()
 
     class Turns(transformers.TrainerCallback):

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo4rec_jax.models import flash
+from dpo4rec_jax.models import flash, tiles
 from dpo4rec_jax.models.flash import Implementation, choose
 
 __all__ = ["Causal", "Shared", "Block", "Implementation", "attend", "choose", "merge", "visible"]
@@ -181,6 +181,16 @@ class Shared:
         window = None if window is None or window >= width else window
         if self.implementation == "splash" and window is None:
             return self._splash(query_BTHd, key_BTKd, value_BTKd), None
+        if self.implementation == "xla" and window is None:
+            out_BTHd = tiles.packed_row(
+                query_BTHd,
+                key_BTKd,
+                value_BTKd,
+                self.prompt_length_B,
+                prompt_tokens=Tp,
+                completions=self.completions,
+            )
+            return out_BTHd, None
         prompt = (query_BTHd[:, :Tp], key_BTKd[:, :Tp], value_BTKd[:, :Tp])
         if self.implementation == "cudnn":
             on_prompt = flash.cudnn_causal(*prompt, window)

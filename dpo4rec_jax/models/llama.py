@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dpo4rec_jax.config import LoraConfig
+from dpo4rec_jax.models import tiles
 
 Params = Mapping[str, Any]
 
@@ -135,8 +136,9 @@ class Projection(nn.Module):
         assert lora_config is not None, "lora parameters come with their LoraConfig"
         drop = nn.Dropout(lora_config.dropout, deterministic=not dropout)
         down_BTR = dot(drop(x_BTD), lora["a"].astype(x_BTD.dtype))
-        up_BTO = dot(down_BTR, lora["b"].astype(x_BTD.dtype))
-        return y_BTO + up_BTO * (lora_config.alpha / lora["a"].shape[-1])
+        # The scale where the array is smallest, forward and backward.
+        down_BTR *= lora_config.alpha / lora["a"].shape[-1]
+        return y_BTO + dot(down_BTR, lora["b"].astype(x_BTD.dtype))
 
 
 def rms_norm(x_xD: Array, scale_D: Array, eps: float) -> Array:
@@ -273,8 +275,12 @@ class Decoder(nn.Module):
         return functools.partial(layer, self.config, self.lora_config, self.dropout, self.mesh)
 
     def _rematerialised(self) -> Any:
-        products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        policy = products if self.remat == "dots" else None
+        policies = jax.checkpoint_policies
+        kept = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(tiles.KEPT),
+        )
+        policy = kept if self.remat == "dots" else None
         return nn.remat(Layer, prevent_cse=False, policy=policy)
 
     def _run_scanned(self, x_BTD: Array, cache: Any, lora: Any, shared: Any) -> tuple[Array, Any]:

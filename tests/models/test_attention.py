@@ -8,10 +8,12 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -145,12 +147,20 @@ def test_nothing_leaks_between_completions_or_out_of_padding() -> None:
         np.testing.assert_array_equal(before[row, keep], after[row, keep])
 
 
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Those of the functions that it calls, too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
 def test_scores_between_completions_are_not_computed() -> None:
     strategy = shared()
     qkv = random_qkv(TOTAL)
     jaxpr = jax.make_jaxpr(lambda q, k, v: strategy(q, k, v, strategy.position_BT())[0])(*qkv)
     scores = 0
-    for equation in jaxpr.jaxpr.eqns:
+    for equation in equations(jaxpr.jaxpr):
         if equation.primitive.name == "dot_general":
             contracted = equation.params["dimension_numbers"][0][0]
             shape = equation.invars[0].aval.shape
