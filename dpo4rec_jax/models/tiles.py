@@ -57,8 +57,8 @@ def packed_row(
     if completions:
         seen_BS = jnp.arange(prompt_tokens)[None] < prompt_length_B[:, None]
         prompt = (x[:, :, 0, :prompt_tokens] for x in (key_BK1Td, value_BK1Td))
-        own = (_by_head(x[:, prompt_tokens:], completions) for x in (key_BTKd, value_BTKd))
-        outs.append(_tile(query_BTHd[:, prompt_tokens:], Before(*prompt, seen_BS), *own))
+        key, value = (_by_head(x[:, prompt_tokens:], completions) for x in (key_BTKd, value_BTKd))
+        outs.append(_tile(query_BTHd[:, prompt_tokens:], Before(*prompt, seen_BS), key, value))
     return jnp.concatenate(outs, axis=1)
 
 
