@@ -56,9 +56,11 @@ def packed_row(
         outs.append(_tile(query_BTHd[:, start:stop], before if start else None, *own))
     if completions:
         seen_BS = jnp.arange(prompt_tokens)[None] < prompt_length_B[:, None]
-        prompt = (x[:, :, 0, :prompt_tokens] for x in (key_BK1Td, value_BK1Td))
+        before = Before(
+            key_BK1Td[:, :, 0, :prompt_tokens], value_BK1Td[:, :, 0, :prompt_tokens], seen_BS
+        )
         key, value = (_by_head(x[:, prompt_tokens:], completions) for x in (key_BTKd, value_BTKd))
-        outs.append(_tile(query_BTHd[:, prompt_tokens:], Before(*prompt, seen_BS), key, value))
+        outs.append(_tile(query_BTHd[:, prompt_tokens:], before, key, value))
     return jnp.concatenate(outs, axis=1)
 
 
