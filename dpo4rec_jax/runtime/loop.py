@@ -112,10 +112,17 @@ class Programs:
         self, state: TrainState, frozen: Tree, batch: training.Batch, microbatch: Microbatch
     ) -> tuple[TrainState, dict[str, jax.Array] | None]:
         """Takes in one microbatch; figures come with the one that ends a step. Donates `state`."""
-        if state.pending is None:
-            assert microbatch.ends_step, "a state without room for accumulation"
-            step = training.step(self._loss, self._optimizer, self._schedule)
-            return self._call("step", microbatch.shape, step, state, frozen, batch)
+        assert microbatch.ends_step or state.pending is not None, "no room for accumulation"
+        take_in, *at_the_end = self.functions(accumulating=state.pending is not None).items()
+        state, figures = self._call(take_in, microbatch.shape, state, frozen, batch)
+        if microbatch.ends_step:
+            for end in at_the_end:
+                state, figures = self._call(end, None, state)
+        return state, figures
+
+    def functions(self, accumulating: bool) -> dict[str, Any]:
+        """By name, what takes in a microbatch (state, frozen, batch) and, where a step is several,
+        what ends it (state). Each returns (state, figures)."""
 
         def add(state: TrainState, frozen: Tree, batch: training.Batch) -> tuple[TrainState, None]:
             return training.accumulate(self._loss, state, frozen, batch), None
@@ -123,19 +130,26 @@ class Programs:
         def update(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
             return training.update(self._optimizer, self._schedule, state)
 
-        state, figures = self._call("accumulate", microbatch.shape, add, state, frozen, batch)
-        if microbatch.ends_step:
-            state, figures = self._call("update", None, update, state)
-        return state, figures
+        if accumulating:
+            return {"accumulate": add, "update": update}
+        return {"step": training.step(self._loss, self._optimizer, self._schedule)}
 
-    def _call(self, name: str, shape: Any, function: Any, state: TrainState, *rest: Any) -> Any:
+    def _call(
+        self, named: tuple[str, Any], shape: Any, state: TrainState, *rest: Any
+    ) -> tuple[TrainState, Any]:
+        name, function = named
         if (name, shape) not in self._compiled:
             began = time.perf_counter()
-            like = jax.tree.map(lambda leaf: leaf.sharding, state)
-            jitted = jax.jit(function, donate_argnums=0, out_shardings=(like, None))
-            self._compiled[name, shape] = jitted.lower(state, *rest).compile()
+            self._compiled[name, shape] = lower(function, state, *rest).compile()
             self.seconds_compiling += time.perf_counter() - began
         return self._compiled[name, shape](state, *rest)
+
+
+def lower(function: Any, state: TrainState, *rest: Any) -> jax.stages.Lowered:
+    """One of `Programs.functions` for these arguments, or for their shapes and shardings: the state
+    is donated and comes back where it lay."""
+    like = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(function, donate_argnums=0, out_shardings=(like, None)).lower(state, *rest)
 
 
 @dataclass

@@ -87,7 +87,8 @@ def plan_layout(
     """
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} if mesh is None else mesh.shape
     shards, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
-    chunks = CHUNKS if jax.default_backend() == "cpu" else ACCELERATOR_CHUNKS
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    chunks = CHUNKS if platform == "cpu" else ACCELERATOR_CHUNKS
     longest = max(prompt_lengths, default=1)
     counts = [samples] * len(prompt_lengths) if isinstance(samples, int) else list(samples)
     texts = -(-sum(counts) // shards) or 1  # of a shard

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array
 
 from dpo4rec_jax.config import AlignConfig, InputError
@@ -298,13 +299,7 @@ def _trained(
         microbatch_rows=size,
         max_shapes=align.max_shapes,
     )
-    schedule = learning_rate_schedule(
-        align.learning_rate,
-        _num_steps(microbatches),
-        warmup_fraction=align.warmup_fraction,
-        decay=align.decay,
-    )
-    optimizer = adamw(schedule, max_grad_norm=align.max_grad_norm, weight_decay=align.weight_decay)
+    schedule, optimizer = optimizer_of(align, _num_steps(microbatches))
     trainer = Trainer(
         loss=loss,
         optimizer=optimizer,
@@ -326,6 +321,18 @@ def _trained(
     feed = Feed(rows, microbatches, size)
     with Checkpoints(stage.directory / "checkpoints") as checkpoints:
         return trainer.fit(tuning.place_state(state), frozen, feed, checkpoints)
+
+
+def optimizer_of(
+    align: AlignConfig, steps: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate over a run of so many steps, and the optimiser that follows it."""
+    schedule = learning_rate_schedule(
+        align.learning_rate, steps, warmup_fraction=align.warmup_fraction, decay=align.decay
+    )
+    return schedule, adamw(
+        schedule, max_grad_norm=align.max_grad_norm, weight_decay=align.weight_decay
+    )
 
 
 def _num_steps(microbatches: Sequence[Microbatch]) -> int:
