@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
+from dpo4rec_jax.models.backbones import BackboneName
+
 
 class InputError(ValueError):
     """A mistake in what the user gave us; commands print its one line and exit with status 2."""
@@ -169,7 +171,7 @@ class EncodeConfig(Section):
 
 
 class RankConfig(Section):
-    backbone: Literal["dlcm", "prm", "setrank", "setrank-isab"] = field("prm", "the re-ranker")
+    backbone: BackboneName = field("prm", "the re-ranker; docs/extending.md adds one of yours")
     adaptor: Literal["hybrid", "mlp", "moe"] = field("hybrid", "knowledge adaptor")
     loss: Literal["softmax", "bce", "attention_rank", "listmle", "approx_ndcg"] = field(
         "softmax", "training loss"

@@ -75,7 +75,7 @@ def load_reranker(
         attribute_IAM=prepared.attribute_IAM,
         user_UF=None if lists.user_UCF is None else np.asarray(lists.user_UCF[:, 0]),
         item_IF=None if lists.item_IF is None else np.asarray(lists.item_IF),
-        windows=windows(prepared) if members.config.history else None,
+        windows=windows(prepared) if members.config.reads_windows else None,
         encoder=partial(_encoder, config, workspace, round),
         max_tokens=config.encode.max_tokens,
     )
@@ -185,7 +185,7 @@ class LoadedReranker:
                 f"{self.config.list_length}: shorten the list or train with data.list_length"
             )
         user_index = self._users.get(str(user))
-        if user_index is None and (self.config.user_features or self.config.history):
+        if user_index is None and (self.config.user_features or self.config.reads_windows):
             raise InputError(f"{where}: unknown user {user!r}; describe it by --texts")
         try:
             return user_index or 0, [self._items[str(item)] for item in items]
@@ -248,7 +248,10 @@ def _on_device(array: np.ndarray | None) -> jax.Array | None:
 def _score(config: RerankerConfig, params_R, tables, user_B, item_BN, mask_BN) -> jax.Array:
     """Mean over the members of the scores."""
     attribute_BNAM = tables["attribute"][item_BN]
-    history = jax.tree.map(lambda window_UH: window_UH[user_B], tables["windows"])
+    history = None
+    if tables["windows"] is not None:
+        past_BH, rating_BH = (window_UH[user_B] for window_UH in tables["windows"])
+        history = reranker.History(past_BH, rating_BH, tables["attribute"][past_BH])
 
     def one(member):
         params, user_UO, item_IO = member

@@ -63,7 +63,7 @@ def test_set_wins_over_the_file_in_order(tmp_path: Path) -> None:
     [
         ("rank: {backbon: prm}", "rank.backbon: unknown key; did you mean rank.backbone?"),
         ("rnak: {}", "rnak: unknown key; did you mean rank?"),
-        ("rank: {backbone: resnet}", "rank.backbone: input should be 'dlcm', 'prm', "),
+        ("rank: {backbone: resnet}", "rank.backbone: input should be one of 'dlcm', 'prm', "),
         ("rounds: two", "rounds: input should be a valid integer"),
         ("rounds: -1", "rounds: input should be greater than or equal to 0, got -1"),
         ("reason: {top_p: 1.5}", "reason.top_p: input should be less than or equal to 1"),

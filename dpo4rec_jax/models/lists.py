@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Float, Int
 
 from dpo4rec_jax.models import reranker
-from dpo4rec_jax.models.reranker import Params, RerankerConfig
+from dpo4rec_jax.models.reranker import History, Params, RerankerConfig
 
 T = TypeVar("T")
 
@@ -39,11 +39,12 @@ class Lists:
     past_UH: jax.Array | None = None
     rating_UH: jax.Array | None = None
 
-    def history(self, user_B: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-        """Items and ratings of the users' windows, None where the re-ranker does not read them."""
+    def history(self, user_B: jax.Array) -> History | None:
+        """The users' windows, None where the re-ranker does not read them."""
         if self.past_UH is None or self.rating_UH is None:
             return None
-        return self.past_UH[user_B], self.rating_UH[user_B]
+        past_BH = self.past_UH[user_B]
+        return History(past_BH, self.rating_UH[user_B], self.attribute_IAM[past_BH])
 
 
 @struct.dataclass

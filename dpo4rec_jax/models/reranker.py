@@ -5,14 +5,15 @@ adaptor(item vector)], the history an option. The adaptors are applied apart fro
 that a caller pays for them once a distinct user and item: `adapt_users`, `adapt_items`, then
 `score` on what they return.
 
-A new backbone is one module `(x_BND, mask_BN, training) -> score_BN` and one line in BACKBONES.
+The backbones are those of `backbones.py`; one that reads the history is given the user's window as
+embeddings of the same tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +21,8 @@ from flax import linen as nn
 from jaxtyping import Bool, Float, Int
 
 from dpo4rec_jax.models.adaptor import ADAPTORS
-from dpo4rec_jax.models.dlcm import DLCM
-from dpo4rec_jax.models.history import TargetAttention
-from dpo4rec_jax.models.prm import PRM
-from dpo4rec_jax.models.setrank import InducedSetRank, SetRank
-
-BACKBONES: dict[str, type[nn.Module]] = {
-    "dlcm": DLCM,
-    "prm": PRM,
-    "setrank": SetRank,
-    "setrank-isab": InducedSetRank,
-}
+from dpo4rec_jax.models.backbones import Window, backbone_of, reads_history
+from dpo4rec_jax.models.history import RATINGS, TargetAttention
 
 # Attributes of at most so many values are embedded by a product with their multi-hot rows; larger
 # ones by lookup. The gradient of a lookup is a scatter, slow on every backend.
@@ -43,7 +35,8 @@ Params = Mapping[str, Any]
 class RerankerConfig:
     """Sizes of a re-ranker. A side whose `_features` (length of its vectors) is 0 has no knowledge.
 
-    `list_length` matters to PRM alone, whose positions are learned.
+    `list_length` matters to PRM alone, whose positions are learned. `history` adds to a candidate
+    what it finds in the user's window, whatever the backbone.
     """
 
     backbone: str
@@ -56,6 +49,18 @@ class RerankerConfig:
     embedding: int = 32
     dropout: float = 0.0
     history: bool = False
+
+    @property
+    def reads_windows(self) -> bool:
+        return self.history or reads_history(self.backbone)
+
+
+class History(NamedTuple):
+    """The users' windows: items, their stars (0: none, -1: padding) and their attributes."""
+
+    item_BH: jax.Array
+    rating_BH: jax.Array
+    attribute_BHAM: jax.Array
 
 
 class Reranker(nn.Module):
@@ -72,23 +77,41 @@ class Reranker(nn.Module):
             self.adaptor = ADAPTORS[config.adaptor]()
         if config.history:
             self.history = TargetAttention()
-        self.backbone = BACKBONES[config.backbone](dropout=config.dropout)
+        if reads_history(config.backbone):
+            self.rating_embed = nn.Embed(RATINGS, config.embedding, embedding_init=init)
+        # Its own type is not known here: the table holds it.
+        module: Any = backbone_of(config.backbone)
+        self.backbone = module(dropout=config.dropout)
 
     def adapt(self, x: jax.Array, side: str) -> jax.Array:
         return self.adaptor(x, side)
 
     def score(self, item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, history, training: bool):
         parts = [self.item_embed(item_BN)]
-        if history is not None:
-            past_BH, rating_BH = history
-            parts.append(self.history(parts[0], self.item_embed(past_BH), rating_BH))
-        for a, embed in enumerate(self.attribute_embed):
-            parts.append(_mean_embedding(embed, attribute_BNAM[:, :, a]))
+        if self.config.history:
+            parts.append(
+                self.history(parts[0], self.item_embed(history.item_BH), history.rating_BH)
+            )
+        parts += self.attributes(attribute_BNAM)
         if user_BO is not None:
             parts.append(jnp.broadcast_to(user_BO[:, None], (*item_BN.shape, user_BO.shape[-1])))
         if item_BNO is not None:
             parts.append(item_BNO)
-        return self.backbone(jnp.concatenate(parts, axis=-1), mask_BN, training)
+        x_BND = jnp.concatenate(parts, axis=-1)
+        if not reads_history(self.config.backbone):
+            return self.backbone(x_BND, mask_BN, training)
+        return self.backbone(x_BND, mask_BN, training, self.window(history))
+
+    def attributes(self, attribute_BNAM: jax.Array) -> list[jax.Array]:
+        return [
+            _mean_embedding(embed, attribute_BNAM[:, :, a])
+            for a, embed in enumerate(self.attribute_embed)
+        ]
+
+    def window(self, history: History) -> Window:
+        rating_BHD = self.rating_embed(jnp.maximum(history.rating_BH, 0))
+        parts = [self.item_embed(history.item_BH), *self.attributes(history.attribute_BHAM)]
+        return Window(jnp.concatenate([*parts, rating_BHD], axis=-1), history.rating_BH >= 0)
 
     def everything(self, item_BN, mask_BN, attribute_BNAM, user_BF, item_BNF, history):
         """Touches every parameter, for `init`."""
@@ -109,7 +132,7 @@ def init(config: RerankerConfig, key: jax.Array) -> dict[str, Any]:
         jnp.zeros((*shape, len(config.attribute_sizes), 1), jnp.int32),
         user_BF,
         item_BNF,
-        (jnp.zeros((1, 1), jnp.int32),) * 2 if config.history else None,
+        _no_history(config) if config.reads_windows else None,
         method="everything",
     )
     return variables["params"]
@@ -137,19 +160,23 @@ def score(
     attribute_BNAM: Int[jax.Array, "B N A M"],
     user_BO: Float[jax.Array, "B O"] | None = None,
     item_BNO: Float[jax.Array, "B N O"] | None = None,
-    history: tuple[Int[jax.Array, "B H"], Int[jax.Array, "B H"]] | None = None,
+    history: History | None = None,
     key: jax.Array | None = None,
 ) -> Float[jax.Array, "B N"]:
     """Scores of the candidates, float32, 0 on padding; a `key` turns dropout on.
 
     `attribute_BNAM` holds each candidate's values of each attribute, -1 where there are fewer.
     `user_BO` and `item_BNO` are what the adaptors returned, None for a side without knowledge.
-    `history`: items of each user's window and their ratings (`TargetAttention`), where the
-    re-ranker reads them.
+    `history`: each user's window, where the re-ranker reads windows.
     """
     arguments = (item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, history, key is not None)
     score_BN = _apply(config, params, key, "score", *arguments)
     return jnp.where(mask_BN, score_BN.astype(jnp.float32), 0.0)
+
+
+def _no_history(config: RerankerConfig) -> History:
+    empty_BH = jnp.zeros((1, 1), jnp.int32)
+    return History(empty_BH, empty_BH, jnp.zeros((1, 1, len(config.attribute_sizes), 1), jnp.int32))
 
 
 def _apply(

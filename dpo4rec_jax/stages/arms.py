@@ -17,6 +17,7 @@ from jaxtyping import Int32
 from dpo4rec_jax.config import Config, InputError, RankConfig
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
+from dpo4rec_jax.models.backbones import reads_history
 from dpo4rec_jax.models.lists import Lists
 from dpo4rec_jax.models.reranker import RerankerConfig
 from dpo4rec_jax.workspace import Workspace
@@ -81,7 +82,7 @@ def lists_of(
         for name in ("user_L", "item_LN", "label_LN", "mask_LN", "attribute_IAM")
     }
     lists = Lists(**arrays)
-    if rank.history:
+    if rank.history or reads_history(rank.backbone):
         past_UH, rating_UH = windows(prepared)
         lists = replace(lists, past_UH=jnp.asarray(past_UH), rating_UH=jnp.asarray(rating_UH))
     if knowledge is None:

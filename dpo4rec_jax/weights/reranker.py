@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models import reranker
+from dpo4rec_jax.models.backbones import BACKBONES
 from dpo4rec_jax.models.reranker import RerankerConfig
 
 
@@ -74,6 +75,11 @@ def load_members(path: Path) -> Members:
         raise InputError(f"{path}: not a file of re-rankers ({error}); run stage rank") from None
     values["attribute_sizes"] = tuple(values["attribute_sizes"])
     config = RerankerConfig(**values)
+    if config.backbone not in BACKBONES:
+        raise InputError(
+            f"{path}: trained with backbone {config.backbone!r}, which is not registered here; "
+            "import the module that registers it first (docs/extending.md)"
+        )
     params = jax.eval_shape(lambda: reranker.init(config, jax.random.key(0)))
     wanted: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     for name, leaf in wanted.items():

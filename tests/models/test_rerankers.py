@@ -15,11 +15,12 @@ import pytest
 from dpo4rec_jax.models import lists as device_lists
 from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.adaptor import ADAPTORS
+from dpo4rec_jax.models.backbones import BACKBONES
 from dpo4rec_jax.models.dlcm import GRU
 from dpo4rec_jax.models.lists import Lists
-from dpo4rec_jax.models.reranker import BACKBONES, RerankerConfig
+from dpo4rec_jax.models.reranker import RerankerConfig
 
-ITEMS, LISTS, N, FEATURES, SAMPLES = 30, 6, 8, 12, 3
+ITEMS, LISTS, N, FEATURES, SAMPLES, PAST = 30, 6, 8, 12, 3, 5
 SIZES = (5, 100)  # one attribute by multi-hot rows, one by lookup
 
 
@@ -52,6 +53,8 @@ def make_lists(knowledge: bool = True) -> Lists:
         label_LN=jnp.asarray(random.integers(0, 2, (LISTS, N)), jnp.int8),
         mask_LN=jnp.asarray(np.arange(N)[None] < random.integers(3, N + 1, LISTS)[:, None]),
         attribute_IAM=jnp.asarray(attribute, jnp.int32),
+        past_UH=jnp.asarray(random.integers(0, ITEMS, (4, PAST)), jnp.int32),
+        rating_UH=jnp.asarray([[1, 2, 3, 4, 5], [5, 0, -1, -1, -1], [3, 3, 3, -1, -1], [4] * 5]),
         **(vectors if knowledge else {}),
     )
 
@@ -84,8 +87,8 @@ def permuted(lists: Lists, order: np.ndarray) -> Lists:
     )
 
 
-@pytest.mark.parametrize("backbone", ["setrank", "setrank-isab"])
-def test_setrank_scores_move_with_their_candidates(backbone):
+@pytest.mark.parametrize("backbone", ["setrank", "setrank-isab", "mir"])
+def test_scores_of_a_set_move_with_their_candidates(backbone):
     config, params, lists = make(backbone)
     order = np.random.default_rng(2).permutation(N)
     plain, moved = score(config, params, lists), score(config, params, permuted(lists, order))
