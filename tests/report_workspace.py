@@ -54,7 +54,9 @@ def make_stage(path: Path, *, rounds: int = 1, users: int = 120, gains=None, **o
         rewards = _rewards(round, random)
         write_npz(workspace.stage_dir("evaluate", round + 1) / "rewards.npz", rewards)
     for directory in ["prepare", *(f"round{r}/{s}" for r in range(rounds + 1) for s in STAGES)]:
-        write_json(path / directory / "manifest.json", {"seconds": round_seconds(directory)})
+        manifest = {"inputs_digest": "", "outputs_digest": "", "files": {}}
+        manifest["seconds"] = round_seconds(directory)
+        write_json(path / directory / "manifest.json", manifest)
     directory = workspace.stage_dir("report")
     directory.mkdir(parents=True, exist_ok=True)
     log, progress = MetricsLog(path, "report", None), Progress(Console(file=io.StringIO()))

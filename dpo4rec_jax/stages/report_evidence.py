@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ class Pairs:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """One user's first text in the round before and after an alignment, with their rewards."""
+    """One user's first text in the round before and after an alignment, with their rewards; the
+    prompt of both, empty where prepare/ does not hold it any more."""
 
     user: str
     round: int
@@ -57,6 +58,7 @@ class BeforeAfter:
     after: str
     reward_before: float
     reward_after: float
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,14 @@ def gather(workspace: Workspace, rounds: int) -> Evidence:
             for round in range(rounds)
         ],
         rewards=rewards,
-        before_after=[
-            example
-            for round, change in enumerate(rewards, start=1)
-            for example in before_after(round, change, texts[round - 1][1], texts[round][1])
-        ],
+        before_after=_with_prompts(
+            workspace.stage_dir("prepare") / "prompts.jsonl",
+            [
+                example
+                for round, change in enumerate(rewards, start=1)
+                for example in before_after(round, change, texts[round - 1][1], texts[round][1])
+            ],
+        ),
         texts=[counts for counts, _ in texts],
         curves=read_curves(workspace.path / "metrics.jsonl"),
     )
@@ -128,7 +133,7 @@ def _length(line: dict[str, Any], side: str) -> int:
 def _pair_example(line: dict[str, Any], rank: int) -> PairExample:
     return PairExample(
         user=line["user"],
-        prompt="\n\n".join(message["content"] for message in line["prompt"]),
+        prompt=_content(line["prompt"]),
         chosen=line["chosen"][-1]["content"],
         rejected=line["rejected"][-1]["content"],
         score_chosen=line["score_chosen"],
@@ -147,6 +152,20 @@ def before_after(
         BeforeAfter(id, round, text_before[id], text_after[id], *change.of_first_text(id))
         for id in (ids[place] for place in (places if ids else []))
     ]
+
+
+def _with_prompts(path: Path, examples: list[BeforeAfter]) -> list[BeforeAfter]:
+    wanted = {example.user for example in examples}
+    prompts = {
+        line["id"]: _content(line["messages"])
+        for line in (_lines(path) if path.exists() else ())
+        if line["kind"] == "user" and line["id"] in wanted
+    }
+    return [replace(example, prompt=prompts.get(example.user, "")) for example in examples]
+
+
+def _content(messages: list[dict[str, str]]) -> str:
+    return "\n\n".join(message["content"] for message in messages)
 
 
 def read_round(path: Path, round: int) -> tuple[TextCounts, dict[str, str]]:
@@ -201,7 +220,10 @@ def versions() -> dict[str, str]:
     found = {"dpo4rec_jax": __version__, "python": platform.python_version()}
     found |= {name: metadata.version(name) for name in PACKAGES}
     device = jax.devices()[0]
-    return found | {"devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})"}
+    kind = device.device_kind
+    if device.platform.lower() not in kind.lower():
+        kind = f"{kind} ({device.platform})"
+    return found | {"devices": f"{jax.device_count()} x {kind}"}
 
 
 def _user_ids(path: Path) -> list[str]:

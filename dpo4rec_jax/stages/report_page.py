@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from dpo4rec_jax.config import Config, dump_config
 from dpo4rec_jax.stages import report_plots as plots
+from dpo4rec_jax.stages.report_costs import costs_of, device_hours
 from dpo4rec_jax.stages.report_evidence import Evidence
 from dpo4rec_jax.stages.report_scores import HIGHER, LEVEL, LOWER, UNDECIDED
 from dpo4rec_jax.stages.report_warnings import warnings_of
@@ -53,7 +54,13 @@ def render_html(document: Mapping[str, Any], evidence: Evidence, config: Config)
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        gain=gain, interval=interval, p=p_value, number=number, label=plots.label, metric=metric
+        gain=gain,
+        interval=interval,
+        p=p_value,
+        number=number,
+        label=plots.label,
+        metric=metric,
+        seconds=in_time,
     )
     return environment.get_template("report.html.j2").render(
         report=document,
@@ -70,6 +77,8 @@ def render_html(document: Mapping[str, Any], evidence: Evidence, config: Config)
         scale=_Scale(document["comparisons"]),
         published=_published(document),
         plots=_plots(document, evidence),
+        costs=costs_of(document, evidence, config),
+        device_hours=device_hours(document),
         changed=changed_settings(config),
         config_yaml=dump_config(config),
         policy=config.policy.path,
@@ -298,3 +307,13 @@ def interval(ends: Sequence[float] | None, digits: int = 1) -> str:
 
 def p_value(value: float) -> str:
     return f"{value:.2g}" if value >= 0.1 else f"{value:.3f}" if value >= 0.001 else f"{value:.4f}"
+
+
+def in_time(seconds: float) -> str:
+    """`12.3 s`, from two minutes on `2 min 5 s`, from two hours on `2 h 13 min`."""
+    if seconds < 120:
+        return f"{seconds:.1f}{SPACE}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 120:
+        return f"{minutes}{SPACE}min {rest}{SPACE}s"
+    return f"{minutes // 60}{SPACE}h {minutes % 60}{SPACE}min"

@@ -49,9 +49,17 @@ def _of_the_texts(evidence: Evidence, config: Config) -> Iterator[str]:
                 f"Round {counts.round}: {counts.cut / counts.texts:.0%} of the texts were cut off "
                 f"at reason.max_new_tokens = {config.reason.max_new_tokens}. Raise it."
             )
-        if counts.distinct < 0.5 * counts.texts:
+        if counts.distinct >= 0.5 * counts.texts:
+            continue
+        if counts.round == config.rounds > 0:
             yield (
-                f"Round {counts.round}: only {counts.distinct} of {counts.texts} texts are "
+                f"After the last alignment only {counts.distinct:,} of {counts.texts:,} texts are "
+                "distinct: the LLM writes to few patterns. Raise align.beta or lower "
+                "align.learning_rate if that is narrower than the users are."
+            )
+        else:
+            yield (
+                f"Round {counts.round}: only {counts.distinct:,} of {counts.texts:,} texts are "
                 "distinct; equal texts make no pairs. Raise reason.temperature or reason.top_p."
             )
 

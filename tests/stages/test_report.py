@@ -12,7 +12,7 @@ import pytest
 import report_workspace as fixture
 
 from dpo4rec_jax.config import InputError
-from dpo4rec_jax.stages import report
+from dpo4rec_jax.stages import report, report_page
 from dpo4rec_jax.stages.report_scores import HIGHER, LOWER, UNDECIDED, compared, verdict
 
 KEYS = {
@@ -237,7 +237,7 @@ def test_the_page_shows_everything_that_was_promised(page) -> None:
         "The preference pairs",
         "Chosen and rejected, round 1",
         "Before and after",
-        "Time",
+        "Time and cost",
         "Settings and versions",
     ):
         assert heading in page
@@ -264,6 +264,49 @@ def test_what_makes_a_run_doubtful_is_said_with_its_knob(tmp_path) -> None:
     knobs = ("rank.seeds", "data.max_users", "prefer.folds is 1", "reason.samples")
     for knob in (*knobs, "align.learning_rate"):
         assert knob in page
+
+
+def test_what_each_step_did_stands_beside_its_time(page) -> None:
+    """Texts of 20 to 28 tokens, 240 a round in 34.2 s; 60 pairs in 41 s."""
+    tokens = 4 * sum(20 + user % 9 for user in range(fixture.TRAIN_USERS))
+    assert f"{tokens:,} tokens of user texts <span>{tokens / 34.2:.0f}/s</span>" in page
+    assert "60 pairs, epochs counted <span>1.5/s</span>" in page
+    assert "20 re-rankers" in page  # three arms of five seeds, and five folds that judge
+    assert pytest.approx(271.3) == 2.4 + 3 * (34.2 + 2.4 + 21.7 + 2.4) + 2 * (2.4 + 41.0)
+    assert "4\u202fmin 31\u202fs" in page
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(1.26, "1.3 s"), (125.2, "2 min 5 s"), (7980.0, "2 h 13 min")]
+)
+def test_times_are_written_as_people_say_them(seconds, shown) -> None:
+    assert report_page.in_time(seconds).replace("\u202f", " ") == shown
+
+
+def test_the_prompt_of_a_text_before_and_after_is_shown_where_it_is_known(tmp_path) -> None:
+    stage = fixture.make_stage(tmp_path)
+    path = tmp_path / "prepare" / "prompts.jsonl"
+    lines = [
+        {"kind": kind, "id": f"u{user}", "messages": [{"role": "user", "content": f"of {kind}"}]}
+        for user in range(fixture.TRAIN_USERS)
+        for kind in ("item", "user")
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.run(stage)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('<p class="text">of user</p>') == 3 and "of item" not in page
+
+
+def test_a_last_round_of_few_texts_is_the_alignments_doing(tmp_path) -> None:
+    """Texts of the last round make no pairs, so sampling is not what to turn."""
+    stage = fixture.make_stage(tmp_path)
+    path = tmp_path / "round1" / "reason" / "users.jsonl"
+    same = [json.loads(line) | {"text": "All alike."} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in same))
+    report.run(stage)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "After the last alignment only 1 of 240 texts are distinct" in page
+    assert "align.beta" in page and "reason.temperature" not in page.split("<main>")[0]
 
 
 def test_damaged_results_are_named(tmp_path) -> None:
