@@ -109,24 +109,14 @@ def fit(
     its result does not depend on who trains beside it.
     """
     pool_RT, steps = _pools(draws_RL, schedule.batch)
-    optimizer = schedule.optimizer(steps)
-    num_members = len(draws_RL)
-    state = Member(
-        params=jax.tree.map(jnp.copy, params_R),  # donated to the first epoch
-        optimizer=jax.vmap(optimizer.init)(params_R),
-        best_params=jax.tree.map(jnp.copy, params_R),
-        best=jnp.full((num_members,), -jnp.inf, jnp.float32),
-        best_epoch=jnp.full((num_members,), -1, jnp.int32),
-        stale=jnp.zeros((num_members,), jnp.int32),
-        key=jax.random.split(key, num_members),
-    )
+    state = first_state(params_R, key, schedule.optimizer(steps))
     losses, validations, capacity = [], [], 0
     for epoch in range(schedule.epochs):
         order_RSB = _shuffled(pool_RT, state.key, jnp.int32(epoch), steps)
         if problem.demand is not None:
             need = int(_largest_demand(problem.demand, data, order_RSB))
             capacity = max(capacity, -(-need // CAPACITY_STEP) * CAPACITY_STEP)
-        state, loss_R, validation_R = _epoch(
+        state, loss_R, validation_R = run_epoch(
             problem, schedule, steps, capacity, state, data, order_RSB, jnp.int32(epoch)
         )
         losses.append(np.asarray(loss_R))
@@ -141,6 +131,20 @@ def fit(
         best_epoch_R=np.asarray(state.best_epoch),
         loss_ER=np.stack(losses),
         validation_ER=np.stack(validations),
+    )
+
+
+def first_state(params_R: Tree, key: jax.Array, optimizer: optax.GradientTransformation) -> Member:
+    """All members before their first epoch; the parameters given stay the caller's."""
+    num_members = len(jax.tree.leaves(params_R)[0])
+    return Member(
+        params=jax.tree.map(jnp.copy, params_R),  # donated to the first epoch
+        optimizer=jax.vmap(optimizer.init)(params_R),
+        best_params=jax.tree.map(jnp.copy, params_R),
+        best=jnp.full((num_members,), -jnp.inf, jnp.float32),
+        best_epoch=jnp.full((num_members,), -1, jnp.int32),
+        stale=jnp.zeros((num_members,), jnp.int32),
+        key=jax.random.split(key, num_members),
     )
 
 
@@ -175,7 +179,7 @@ def _largest_demand(demand: Callable, data: Tree, order_RSB: jax.Array) -> jax.A
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def _epoch(
+def run_epoch(
     problem: Problem,
     schedule: Schedule,
     steps: int,
@@ -185,6 +189,7 @@ def _epoch(
     order_RSB: jax.Array,
     epoch: jax.Array,
 ) -> tuple[Member, jax.Array, jax.Array]:
+    """One pass of every member over its batches: the new state, mean losses, validation metrics."""
     optimizer = schedule.optimizer(steps)
 
     def train(state: Member, order_SB: jax.Array):

@@ -63,6 +63,13 @@ def make_mesh(sizes: Mapping[Any, int], devices: list[Any] | None = None) -> Mes
     return Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
+def sampling_mesh(sizes: Mapping[Any, int], devices: list[Any]) -> Mesh:
+    """The mesh that one process samples on: rows are independent, so what is not `tensor` is data;
+    fsdp would gather the weights for every token."""
+    tensor = sizes.get("tensor", 1)
+    return make_mesh({"data": 1 if tensor == -1 else -1, "tensor": tensor}, devices)
+
+
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of one parameter; a dimension that its axis does not divide stays whole.
 

@@ -57,9 +57,11 @@ def completion_token_logps(
         remat=remat,
         mesh=mesh,
     )
+    # Gathered over fsdp here, once: inside the loop over chunks TPUs gather it in every turn.
+    unembedding_DV = llama.lay(llama.unembedding(config, params), mesh, None, "tensor")
     logp_BT = token_logps(
         _predicting(hidden_BTD, prompt_length_B, completion_BCT.shape, prompt_BT.shape[1]),
-        llama.unembedding(config, params),
+        unembedding_DV,
         completion_BCT.reshape(num_rows, -1),
         chunk_tokens=chunk_tokens,
     )

@@ -56,7 +56,7 @@ def fit_arm(
         draws_RL[rank.seeds + fold] &= fold_U[prepared.user_L] != fold
 
     key = jax.random.key(seed)
-    params_R = _first_params(config, seed, rank.seeds + folds)
+    params_R = first_params(config, seed, rank.seeds + folds)
     data = FitData(lists, jnp.asarray(lists_in(prepared, VALIDATION)))
     fitted = fit(
         problem_of(config, rank.loss, rank.user_text),
@@ -75,7 +75,8 @@ def fit_arm(
     return Members(config, jax.device_get(fitted.params_R), rank.seeds, folds), fitted
 
 
-def _first_params(config: RerankerConfig, seed: int, members: int) -> Any:
+def first_params(config: RerankerConfig, seed: int, members: int) -> Any:
+    """Parameters of so many members, each of a seed of its own, stacked."""
     # The backend's own generator compiles in half the time of the portable one.
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), members)
     init = jax.jit(functools.partial(reranker.init, config))

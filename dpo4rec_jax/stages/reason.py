@@ -23,7 +23,7 @@ from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
 from dpo4rec_jax.data.prompts import Prompt
 from dpo4rec_jax.data.texts import Kind, TextRecord, read_records, read_texts, write_records
-from dpo4rec_jax.runtime.mesh import make_mesh
+from dpo4rec_jax.runtime.mesh import sampling_mesh
 from dpo4rec_jax.sampling import Completion, Figures, plan_layout, stream
 from dpo4rec_jax.sampling.endpoint import Endpoint, Request
 from dpo4rec_jax.sampling.parts import Parts
@@ -119,10 +119,7 @@ def _policy_writer(stage: Stage) -> Writer:
     @functools.cache
     def loaded() -> tuple[Policy, jax.sharding.Mesh]:
         settings = stage.config.policy
-        # Rows are independent: what is not tensor is data; fsdp would gather weights a token.
-        tensor = stage.config.runtime.mesh.get("tensor", 1)
-        sizes = {"data": 1 if tensor == -1 else -1, "tensor": tensor}
-        mesh = make_mesh(sizes, jax.local_devices())
+        mesh = sampling_mesh(stage.config.runtime.mesh, jax.local_devices())
         path, adapters = stage.workspace.policy_source(stage.config, stage.round or 0)
         policy = load_policy(
             path,
