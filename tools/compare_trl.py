@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
         "--timed", type=int, default=3, help="steps timed behind the three compared"
     )
     parser.add_argument("--microbatch", type=int, default=1, help="pairs of our forward passes")
+    parser.add_argument("--max-shapes", type=int, default=8, help="padded shapes of ours")
     parser.add_argument("--remat", default="dots", help="what our backward pass recomputes")
     parser.add_argument("--no-checkpointing", action="store_true", help="TRL keeps activations")
     parser.add_argument("--precompute", action="store_true", help="TRL precomputes its reference")
@@ -188,8 +189,8 @@ class Worker:
 
     def __init__(self, name: str, method: str, options: argparse.Namespace):
         arguments = [f"--directory={options.directory}", f"--methods={method}"]
-        for key in ("pairs", "timed", "microbatch", "remat"):
-            arguments.append(f"--{key}={getattr(options, key)}")
+        for key in ("pairs", "timed", "microbatch", "remat", "max_shapes"):
+            arguments.append(f"--{key.replace('_', '-')}={getattr(options, key)}")
         for key in ("no_checkpointing", "precompute"):
             if getattr(options, key):
                 arguments.append(f"--{key.replace('_', '-')}")
@@ -271,7 +272,9 @@ def start_ours(options: argparse.Namespace) -> tuple[Callable, Callable]:
     )
 
     def reference() -> np.ndarray:
-        return align.policy_logps(tuning, rows, options.microbatch, 4, lambda _: None)
+        return align.policy_logps(
+            tuning, rows, options.microbatch, options.max_shapes, lambda _: None
+        )
 
     rows.extra["logp_reference_BP"] = reference()  # compiles
     began = time.perf_counter()
@@ -295,8 +298,8 @@ def start_ours(options: argparse.Namespace) -> tuple[Callable, Callable]:
         nonlocal state, taken
         start = taken * count % len(pairs)
         of_step = rows.take(range(start, start + count))
-        shapes = in_order(rows, options.microbatch, max_shapes=4)
-        for microbatch in in_order(of_step, options.microbatch, max_shapes=4):
+        shapes = in_order(rows, options.microbatch, max_shapes=options.max_shapes)
+        for microbatch in in_order(of_step, options.microbatch, max_shapes=options.max_shapes):
             fitting = min(m.shape for m in shapes if fits(microbatch.shape, m.shape))
             microbatch = replace(microbatch, shape=fitting)
             arrays = batch_of(of_step, microbatch.rows, fitting, options.microbatch)

@@ -123,7 +123,7 @@ class Projection(nn.Module):
         self, x_BTD: Array, lora: Params | None, lora_config: LoraConfig | None, dropout: bool
     ) -> Array:
         config, shape = self.config, (x_BTD.shape[-1], self.features)
-        dot = functools.partial(jnp.dot, precision=config.precision)
+        dot = functools.partial(_dot, config.precision)
         kernel = self.param(
             "kernel", nn.initializers.normal(INIT_DEVIATION), shape, config.param_dtype
         )
@@ -139,6 +139,30 @@ class Projection(nn.Module):
         # The scale where the array is smallest, forward and backward.
         down_BTR *= lora_config.alpha / lora["a"].shape[-1]
         return y_BTO + dot(down_BTR, lora["b"].astype(x_BTD.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot(precision: jax.lax.PrecisionLike, x_xD: Array, kernel_DO: Array) -> Array:
+    """x W. The gradient of W is formed so that the narrower factor is the one that a backend may
+    have to transpose: on CPU that copy, of a wide activation, cost a sixth of a training step."""
+    return jnp.dot(x_xD, kernel_DO, precision=precision)
+
+
+def _dot_forward(precision: jax.lax.PrecisionLike, x_xD: Array, kernel_DO: Array) -> tuple[Array, Any]:
+    return _dot(precision, x_xD, kernel_DO), (x_xD, kernel_DO)
+
+
+def _dot_backward(precision: jax.lax.PrecisionLike, kept: tuple[Array, Array], by_y_xO: Array) -> Any:
+    x_xD, kernel_DO = kept
+    by_x_xD = jnp.einsum("...o,do->...d", by_y_xO, kernel_DO, precision=precision)
+    if kernel_DO.shape[0] <= kernel_DO.shape[1]:
+        by_kernel_DO = jnp.einsum("...d,...o->do", x_xD, by_y_xO, precision=precision)
+    else:
+        by_kernel_DO = jnp.einsum("...o,...d->od", by_y_xO, x_xD, precision=precision).T
+    return by_x_xD, by_kernel_DO
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
 
 
 def rms_norm(x_xD: Array, scale_D: Array, eps: float) -> Array:

@@ -12,6 +12,7 @@ asks for it, the compiler drops that loop whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CHUNK_TOKENS = 128
+CHUNK_TOKENS = 256
 
 
 def token_logps(
@@ -50,26 +51,22 @@ def token_logps(
 def _token_logps(
     hidden_BTD: Array, unembedding_DV: Array, target_BT: Array, num_chunks: int
 ) -> Array:
-    def one_chunk(carry: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
-        logp = _logits_and_logps(*chunk, unembedding_DV)[0]
-        return None, logp
+    def one_chunk(hidden: Array, target: Array) -> Array:
+        return _logits_and_logps(hidden, target, unembedding_DV)[0]
 
-    chunks = _split(hidden_BTD, num_chunks), _split(target_BT, num_chunks)
-    return _join(jax.lax.scan(one_chunk, None, chunks)[1])
+    return _by_chunk(one_chunk, num_chunks, hidden_BTD, target_BT)
 
 
 def _forward(
     hidden_BTD: Array, unembedding_DV: Array, target_BT: Array, num_chunks: int
 ) -> tuple[Array, tuple[Array, ...]]:
-    def one_chunk(_: None, chunk: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
-        hidden, target = chunk
+    def one_chunk(hidden: Array, target: Array) -> tuple[Array, ...]:
         logp, logits, logz = _logits_and_logps(hidden, target, unembedding_DV)
         slope = _logit_gradient(logits, logz, target).astype(hidden.dtype)
         by_hidden = _product("btv,dv->btd", slope, unembedding_DV.astype(hidden.dtype))
-        return None, (logp, logz, by_hidden)
+        return logp, logz, by_hidden
 
-    chunks = _split(hidden_BTD, num_chunks), _split(target_BT, num_chunks)
-    logp, logz, by_hidden = map(_join, jax.lax.scan(one_chunk, None, chunks)[1])
+    logp, logz, by_hidden = _by_chunk(one_chunk, num_chunks, hidden_BTD, target_BT)
     return logp, (hidden_BTD, unembedding_DV, target_BT, logz, by_hidden)
 
 
@@ -78,15 +75,13 @@ def _backward(
 ) -> tuple[Array, Array, None]:
     hidden_BTD, unembedding_DV, target_BT, logz_BT, by_hidden_BTD = residuals
 
-    def one_chunk(total_DV: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
-        hidden, target, logz, cotangent = chunk
+    def of_chunk(hidden: Array, target: Array, logz: Array, cotangent: Array) -> Array:
         logits = _logits(hidden, unembedding_DV)
         slope = _logit_gradient(logits, logz, target) * cotangent[..., None]
-        return total_DV + _product("btd,btv->dv", hidden, slope.astype(hidden.dtype)), None
+        return _product("btd,btv->dv", hidden, slope.astype(hidden.dtype))
 
-    chunks = tuple(_split(x, num_chunks) for x in (hidden_BTD, target_BT, logz_BT, cotangent_BT))
-    zeros_DV = jnp.zeros(unembedding_DV.shape, jnp.float32)
-    by_unembedding_DV, _ = jax.lax.scan(one_chunk, zeros_DV, chunks)
+    arrays = (hidden_BTD, target_BT, logz_BT, cotangent_BT)
+    by_unembedding_DV = _sum_of_chunks(of_chunk, num_chunks, *arrays)
     by_hidden_BTD = by_hidden_BTD * cotangent_BT[..., None]
     return (
         by_hidden_BTD.astype(hidden_BTD.dtype),
@@ -121,6 +116,25 @@ def _logit_gradient(logits: Array, logz: Array, target: Array) -> Array:
     """d log p(target) / d logits = onehot(target) - softmax(logits)."""
     onehot = jax.lax.broadcasted_iota(target.dtype, logits.shape, 2) == target[..., None]
     return onehot.astype(jnp.float32) - jnp.exp(logits - logz[..., None])
+
+
+def _by_chunk(function: Callable[..., Any], num_chunks: int, *arrays: Array) -> Any:
+    """A function of tokens applied to one chunk of them after the other. A single chunk goes
+    without the loop, which would copy the unembedding, transposed, for its body."""
+    if num_chunks == 1:
+        return function(*arrays)
+    chunks = tuple(_split(array, num_chunks) for array in arrays)
+    _, results = jax.lax.scan(lambda _, chunk: (None, function(*chunk)), None, chunks)
+    return jax.tree.map(_join, results)
+
+
+def _sum_of_chunks(function: Callable[..., Array], num_chunks: int, *arrays: Array) -> Array:
+    if num_chunks == 1:
+        return function(*arrays)
+    chunks = tuple(_split(array, num_chunks) for array in arrays)
+    total = function(*(chunk[0] for chunk in chunks))
+    rest = tuple(chunk[1:] for chunk in chunks)
+    return jax.lax.scan(lambda sum, chunk: (sum + function(*chunk), None), total, rest)[0]
 
 
 def _split(array: Any, num_chunks: int) -> Any:
