@@ -1,7 +1,7 @@
 """MIR (Xi et al. 2022, arXiv 2204.09370): the candidates, a set, meet the user's history, a list.
 
-Reordering the candidates reorders their scores, as in the paper. Its released code weighs places of
-the list, which would tie scores to places; here a weight comes from what stands there.
+Reordering the candidates reorders their scores, as in the paper. KAR's code of it weighs places of
+the list, which ties scores to places; here a weight comes from what stands there.
 """
 
 from __future__ import annotations
