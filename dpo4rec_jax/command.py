@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.runtime.progress import Stopped
+
+MAKE_ROOM = "; make room and continue with --resume"
+MAKE_WRITABLE = "; give write permission and continue with --resume"
+WHAT_TO_DO = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), MAKE_ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), MAKE_WRITABLE),
+}
 
 DONE, OURS, USERS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
@@ -22,9 +30,10 @@ def exit_status(body: Callable[[], None]) -> int:
         return _say("stopped by SIGTERM; continue with --resume", TERMINATED)
     except KeyboardInterrupt:
         return _say("interrupted; continue with --resume", INTERRUPTED)
-    except OSError as error:  # a full disk, a directory without write permission
+    except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _say(f"error: {where}{error.strerror or error}", USERS)
+        what = WHAT_TO_DO.get(error.errno or 0, "")
+        return _say(f"error: {where}{error.strerror or error}{what}", USERS)
     except Exception:
         traceback.print_exc()
         return OURS

@@ -25,7 +25,9 @@ class InputError(ValueError):
 
 
 class Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 def field(default: Any, description: str, **bounds: Any) -> Any:
@@ -45,12 +47,8 @@ class SyntheticConfig(Section):
 
 class PromptsConfig(Section):
     system: str | None = field(None, "system message of every prompt; null: none")
-    user: str | None = field(
-        None, "template of a user prompt: {profile} {history} {factors}; null: the domain's own"
-    )
-    item: str | None = field(
-        None, "template of an item prompt: {title} {attributes} {factors}; null: the domain's own"
-    )
+    user: str | None = field(None, "of a user: {profile} {history} {factors}; null: the domain's")
+    item: str | None = field(None, "of an item: {title} {attributes} {factors}; null: the domain's")
     factors: list[str] | None = field(None, "factors to reason about; null: the domain's own")
 
 
@@ -153,6 +151,9 @@ class ReasonConfig(Section):
     top_k: int = field(0, "keep the k likeliest tokens; 0: all", ge=0)
     slots: Positive | None = field(None, "rows decoded at once; null: from memory_gib")
     memory_gib: float = field(4.0, "budget of the key/value cache, GiB", gt=0.0)
+    user_texts: Literal["policy", "history"] = field(
+        "policy", "reasoning about users: by the policy, or none beside their history (rounds: 0)"
+    )
     item_texts: Literal["policy", "metadata"] = field(
         "policy", "fact texts of items: written by the policy, or their metadata as it is"
     )
@@ -264,8 +265,10 @@ class RuntimeConfig(Section):
         {"data": -1, "fsdp": 1, "tensor": 1}, "devices along each axis; one may be -1"
     )
     attention: Literal["auto", "xla", "cudnn", "splash"] = field("auto", "attention kernel")
+    max_skipped: Positive = field(5, "steps in a row without a finite loss that end training")
     cache_dir: str = field("~/.cache/dpo4rec_jax", "downloads and compiled programs")
     compilation_cache: bool = field(True, "keep compiled programs between runs")
+    wandb: str | None = field(None, "Weights & Biases project to log to as well; null: none")
 
 
 class Config(Section):
@@ -318,10 +321,10 @@ def _read_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError(f"{path}: expected UTF-8 text, got other bytes; check --config") from None
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except Exception as error:  # YAMLError, and what its readers of dates and numbers raise
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise InputError(f"{path}{line}: not valid YAML: {problem}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -358,7 +361,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}: expected a.b=c")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except Exception:
         raise InputError(f"--set {override}: {text!r} is not a YAML value") from None
     *sections, key = path.split(".")
     for section in sections:
@@ -394,4 +397,4 @@ def _first_line(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"][:1].lower() + first["msg"][1:]
-    return f"{where}: {message}, got {first.get('input')!r}"
+    return f"{where}: {message}, got {first.get('input')!r:.80}"

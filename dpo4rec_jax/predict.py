@@ -32,7 +32,7 @@ from dpo4rec_jax.models.reranker import RerankerConfig
 from dpo4rec_jax.stages.arms import Arm, arms_of, knowledge_of, lists_of, windows
 from dpo4rec_jax.weights import Encoder, load_encoder, load_policy
 from dpo4rec_jax.weights.reranker import load_members
-from dpo4rec_jax.workspace import Workspace, write_jsonl
+from dpo4rec_jax.workspace import Workspace, parse_json, write_jsonl
 
 BATCH = 2048  # lists a call of the compiled program
 
@@ -339,12 +339,15 @@ def _given(path: str, kind: Kind) -> dict[str, str]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, text in enumerate(file, 1):
             try:
-                line = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number}: not JSON: {error.msg}") from None
+                line = parse_json(text.decode())
+            except UnicodeDecodeError:
+                raise InputError(f"{path}:{number}: expected UTF-8 text, got other bytes") from None
+            except ValueError as error:
+                reason = getattr(error, "msg", error)
+                raise InputError(f"{path}:{number}: not JSON: {reason}") from None
             if not isinstance(line, dict):
                 raise InputError(f"{path}:{number}: expected an object, got {line!r:.40}")
             yield line

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpo4rec_jax.command import exit_status
 from dpo4rec_jax.config import Config, InputError, load_config
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress, Stopped
-from dpo4rec_jax.stages.plan import Step, inputs_of, plan, selected
-from dpo4rec_jax.workspace import Stage, Workspace, digest_of
+from dpo4rec_jax.runtime.tracking import Tracker, tracking
+from dpo4rec_jax.stages.plan import OUTSIDE, Step, inputs_of, plan, selected
+from dpo4rec_jax.workspace import Stage, Workspace, digest_of, rerun
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,7 +27,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="Exit status: 0 done, 2 a mistake in what was given (one line says which), 1 a "
         "fault of the program, 143 stopped by SIGTERM after saving.",
     )
-    parser.add_argument("--config", required=True, metavar="C", help="YAML file, see configs/")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="C",
+        help="YAML file, see configs/; every key is in docs/configuration.md",
+    )
     parser.add_argument("--workdir", metavar="D", help="where artifacts go (runs/<config name>)")
     parser.add_argument(
         "--set",
@@ -36,7 +44,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--stages",
         metavar="s,t",
-        help="only these: prepare, warmup, reason, encode, rank, evaluate, prefer, align, report",
+        help="only these: prepare, warmup, reason, encode, rank, evaluate, prefer, align, report; "
+        "round0/rank: of one round",
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
@@ -72,9 +81,45 @@ def train(options: argparse.Namespace) -> None:
         print(describe(config, workspace, steps))
         return
     progress = Progress()
-    signal.signal(signal.SIGTERM, lambda *_: progress.stop_requested.set())
-    with workspace.locked():
+    with workspace.locked(), _stopped_by_signals(progress):
         run(config, workspace, steps, progress, options.resume, options.overwrite)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(progress: Progress) -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C stops the run where it may save; a second one stops it there."""
+    received: list[int] = []
+
+    def request(number: int, _: object) -> None:
+        received.append(number)
+        progress.stop_requested.set()
+        progress.say("stopping as soon as everything is saved")
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield
+    except Stopped:
+        if received[0] == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step of a run is taken with; `anew`: complete steps are run again."""
+
+    config: Config
+    workspace: Workspace
+    progress: Progress
+    tracker: Tracker | None
+    resume: bool
+    anew: bool
 
 
 def run(
@@ -88,44 +133,54 @@ def run(
     """Takes the steps in order; the workspace must be locked."""
     same_config = workspace.adopt(config, overwrite=overwrite)
     _set_up_jax(config)
-    for step in steps:
-        inputs = inputs_of(step, config, workspace)
-        manifest = workspace.manifest(step.stage, step.round)
-        unchanged = manifest is not None and manifest["inputs_digest"] == digest_of(inputs)
-        if unchanged and not (overwrite and same_config):
-            damaged = workspace.damaged(step.stage, step.round)
-            if damaged:
-                raise InputError(
-                    f"{workspace.stage_dir(step.stage, step.round) / damaged}: damaged or missing; "
-                    f"rerun its stage: --stages {step.stage} --overwrite"
-                )
-            progress.say(f"{step}: complete")
-            continue
-        _run_step(step, inputs, config, workspace, progress, resume)
-        if progress.stop_requested.is_set():
-            raise Stopped
+    with tracking(config, workspace.path) as tracker:
+        for place, step in enumerate(steps, 1):
+            with progress.step(str(step), place, len(steps)):
+                anew = overwrite and same_config
+                _take(step, Run(config, workspace, progress, tracker, resume, anew))
     report = workspace.path / "report.md"
     if any(step.stage == "report" for step in steps) and report.exists():
         progress.say(report.read_text(encoding="utf-8"))
         progress.say(f"report: {workspace.path / 'report.html'}")
 
 
-def _run_step(
-    step: Step,
-    inputs: dict,
-    config: Config,
-    workspace: Workspace,
-    progress: Progress,
-    resume: bool,
-) -> None:
+def _take(step: Step, given: Run) -> None:
+    """Runs a step unless it is complete. Raises Stopped where a signal asked for it meanwhile."""
+    workspace, progress = given.workspace, given.progress
+    inputs = inputs_of(step, given.config, workspace)
+    manifest = None if given.anew else workspace.manifest(step.stage, step.round)
+    if manifest is not None and manifest["inputs_digest"] == digest_of(inputs):
+        damaged = workspace.damaged(step.stage, step.round)
+        if damaged:
+            raise InputError(f"{damaged}: damaged or missing; {rerun(step.stage, step.round)}")
+        progress.say(f"{step}: complete")
+        return
+    _run_step(step, inputs, given)
+    if progress.stop_requested.is_set():
+        raise Stopped
+
+
+def _run_step(step: Step, inputs: dict, given: Run) -> None:
+    workspace, progress = given.workspace, given.progress
     module = importlib.import_module(f"dpo4rec_jax.stages.{step.stage}")
     progress.say(f"{step}: running")
-    log = MetricsLog(workspace.path, step.stage, step.round)
+    log = MetricsLog(workspace.path, step.stage, step.round, given.tracker)
     try:
-        with workspace.running(step.stage, step.round, inputs, keep_partial=resume) as directory:
-            if not resume:
+        running = workspace.running(
+            step.stage,
+            step.round,
+            inputs,
+            keep_partial=given.resume,
+            outside=OUTSIDE.get(step.stage, ()),
+        )
+        with running as directory:
+            if not given.resume:
                 log.rewind(0)
-            module.run(Stage(config, workspace, step.stage, step.round, directory, log, progress))
+            module.run(
+                Stage(given.config, workspace, step.stage, step.round, directory, log, progress)
+            )
+            if given.resume:
+                log.settle()
     finally:
         log.close()
     manifest = workspace.manifest(step.stage, step.round)

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dpo4rec_jax.runtime.progress import MetricsLog, Progress
 
 MANIFEST = "manifest.json"
 PARTIAL = "partial.json"
+TEMPORARY = ".*.tmp"  # files that are being written
 BYTES_HASHED_WHOLE = 64 * 2**20
 BYTES_SAMPLED = 2**20
 
@@ -63,11 +64,11 @@ class Workspace:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            raise InputError(
-                f"{path}: damaged manifest; delete it to run stage {name} again"
-            ) from None
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            assert manifest.keys() >= {"inputs_digest", "outputs_digest", "files", "seconds"}
+            return manifest
+        except (ValueError, AttributeError, AssertionError):
+            raise InputError(f"{path}: damaged; {rerun(name, round)}") from None
 
     def policy_source(self, config: Config, round: int) -> tuple[str, tuple[Path, ...]]:
         """Where round r's policy lies: a path for `load_policy`, and the adapters to merge."""
@@ -108,6 +109,9 @@ class Workspace:
             held = path.read_text(encoding="utf-8")
             if held == text:
                 return True
+            if text.startswith(held):  # a copy of this one that was cut short
+                write_text(path, text)
+                return True
             if not overwrite:
                 key = _first_difference(held, text)
                 raise InputError(
@@ -117,40 +121,51 @@ class Workspace:
         write_text(path, text)
         return False
 
-    def damaged(self, name: str, round: int | None) -> str | None:
+    def damaged(self, name: str, round: int | None) -> Path | None:
         """The first file of a complete stage that is not as its manifest says, or None."""
         manifest = self.manifest(name, round)
         for relative, kept in (manifest or {}).get("files", {}).items():
-            path = self.stage_dir(name, round) / relative
+            path = Path(os.path.normpath(self.stage_dir(name, round) / relative))
             if not path.exists() or path.stat().st_size != kept["bytes"]:
-                return relative
+                return path
             small = kept["bytes"] <= BYTES_HASHED_WHOLE
             if small and digest_of_file(path) != kept["digest"]:
-                return relative
+                return path
         return None
 
     @contextlib.contextmanager
     def running(
-        self, name: str, round: int | None, inputs: Mapping[str, Any], *, keep_partial: bool
+        self,
+        name: str,
+        round: int | None,
+        inputs: Mapping[str, Any],
+        *,
+        keep_partial: bool,
+        outside: Sequence[str] = (),
     ) -> Iterator[Path]:
-        """The stage's directory to write in; on a clean exit its manifest is written, last."""
+        """The stage's directory to write in; on a clean exit its manifest is written, last.
+
+        `outside` names files that the stage leaves at the top of the workspace.
+        """
         directory = self.stage_dir(name, round)
         digest = digest_of(inputs)
         if not (keep_partial and _partial_digest(directory) == digest):
             shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MANIFEST).unlink(missing_ok=True)
+        for temporary in (*directory.rglob(TEMPORARY), *self.path.glob(TEMPORARY)):
+            temporary.unlink()  # of a run that was killed while it wrote
         write_json(directory / PARTIAL, {"inputs": digest})
         began = time.monotonic()
         yield directory
         (directory / PARTIAL).unlink()
+        left = [path for path in sorted(directory.rglob("*")) if path.is_file()]
         files = {
-            str(path.relative_to(directory)): {
+            os.path.relpath(path, directory): {
                 "bytes": path.stat().st_size,
                 "digest": digest_of_file(path),
             }
-            for path in sorted(directory.rglob("*"))
-            if path.is_file()
+            for path in (*left, *(self.path / file for file in outside))
         }
         manifest = {
             "stage": name,
@@ -164,6 +179,16 @@ class Workspace:
             "files": files,
         }
         write_json(directory / MANIFEST, manifest)
+
+
+def step_name(stage: str, round: int | None) -> str:
+    """What `--stages` calls one stage of one round: its directory."""
+    return stage if round is None else f"round{round}/{stage}"
+
+
+def rerun(stage: str, round: int | None) -> str:
+    """How a message asks for a stage again."""
+    return f"rerun its stage: --stages {step_name(stage, round)} --overwrite"
 
 
 def round_seconds(seconds: float) -> float:
@@ -199,6 +224,21 @@ def digest_of_path(path: Path) -> str | None:
         return None
     files = sorted(inner for inner in path.rglob("*") if inner.is_file())
     return digest_of({str(inner.relative_to(path)): digest_of_file(inner) for inner in files})
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` whose every complaint is a ValueError: of nesting too deep, and of half a
+    surrogate pair, which no file of ours can hold, as well."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half a surrogate pair") from None
+    return value
 
 
 def write_text(path: Path, text: str) -> None:
@@ -241,7 +281,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 def _partial_digest(directory: Path) -> str | None:
     try:
         return json.loads((directory / PARTIAL).read_text(encoding="utf-8"))["inputs"]
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -1,8 +1,10 @@
-"""The train command: what bad input gets, what is skipped, what a kill leaves."""
+"""The train command: what is skipped, what is refused, what signals and a full disk leave."""
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_jax import train
-from dpo4rec_jax.workspace import Workspace
+from dpo4rec_jax.workspace import Stage, Workspace
 
 TINY_WORLD = "data: {name: synthetic, synthetic: {users: 40, items: 30, interactions: 20}}\n"
 
@@ -28,34 +30,6 @@ def run(*arguments: str | Path) -> int:
 
 def prepare(config: Path, workdir: Path, *more: str) -> int:
     return run("--config", config, "--workdir", workdir, "--stages", "prepare", *more)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--set", "rank.backbon=prm"], "rank.backbon: unknown key; did you mean rank.backbone?"),
-        (["--set", "rank.backbone=gru4rec"], "rank.backbone: input should be 'dlcm', 'prm'"),
-        (["--set", "rounds=many"], "rounds: input should be a valid integer"),
-        (["--stages", "prepare,rang"], "--stages rang: unknown stage; known: prepare, warmup"),
-        (["--stages", "rank"], "reads prepare, which is not complete; run it first"),
-        (["--set", "data.path=/nowhere/ml-1m.zip"], "/nowhere/ml-1m.zip"),
-    ],
-)
-def test_a_mistake_is_one_line_and_status_2(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list, message: str
-) -> None:
-    assert run("--config", config, "--workdir", tmp_path / "w", *arguments) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
-
-
-def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dpo4rec_jax.train", "--config", str(tmp_path / "none.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    expected = "cannot read the config: No such file or directory; check --config"
-    assert done.stderr == f"error: {tmp_path / 'none.yaml'}: {expected}\n"
 
 
 def test_a_complete_stage_is_skipped_and_a_changed_one_runs(
@@ -93,6 +67,50 @@ def test_a_damaged_artifact_is_named_with_the_stage_to_rerun(
         capsys.readouterr().err
     )
     assert prepare(config, workdir, "--overwrite") == 0
+    (workdir / "prepare" / "manifest.json").write_text("{")
+    assert prepare(config, workdir) == 2
+    assert "manifest.json: damaged; rerun its stage: --stages prepare --overwrite" in (
+        capsys.readouterr().err
+    )
+    assert prepare(config, workdir, "--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_signal_stops_the_run_where_it_may_save(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    status: int,
+) -> None:
+    def stage(stage: Stage) -> None:
+        with stage.progress.track("work", 2) as task:
+            signal.raise_signal(number)
+            (stage.directory / "saved").write_text("all")
+            task.advance()
+
+    monkeypatch.setattr("dpo4rec_jax.stages.prepare.run", stage)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert prepare(config, tmp_path / "w") == status
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "w" / "prepare" / "saved").exists()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
+def test_a_full_disk_says_what_to_do(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(stage: Stage) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "w/x.npz")
+
+    monkeypatch.setattr("dpo4rec_jax.stages.prepare.run", full)
+    assert prepare(config, tmp_path / "w") == 2
+    assert capsys.readouterr().err.endswith(
+        "error: w/x.npz: No space left on device; make room and continue with --resume\n"
+    )
 
 
 def test_a_workspace_in_use_is_refused(

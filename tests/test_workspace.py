@@ -56,7 +56,38 @@ def test_damage_to_a_complete_stage_is_named(tmp_path: Path, damage: str) -> Non
         file.unlink()
     else:
         file.write_bytes(bytes(50) if damage == "truncate" else bytes(99) + b"x")
-    assert workspace.damaged("encode", 1) == "v.bin"
+    assert workspace.damaged("encode", 1) == file
+
+
+def test_files_at_the_top_belong_to_the_stage_that_left_them(tmp_path: Path) -> None:
+    workspace, report = Workspace(tmp_path), tmp_path / "report.html"
+    with workspace.running("report", None, {}, keep_partial=False, outside=["report.html"]):
+        report.write_text("whole")
+    assert workspace.damaged("report", None) is None
+    report.write_text("half")
+    assert workspace.damaged("report", None) == report
+
+
+def test_what_a_killed_run_was_writing_is_no_artifact(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    with pytest.raises(RuntimeError), workspace.running("rank", 0, {}, keep_partial=True) as d:
+        (d / ".x.npz.12.tmp").write_text("ha")
+        raise RuntimeError
+    (tmp_path / ".report.html.12.tmp").write_text("ha")
+    with workspace.running("rank", 0, {}, keep_partial=True):
+        pass
+    manifest = workspace.manifest("rank", 0)
+    assert manifest is not None and manifest["files"] == {}
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_config_that_was_cut_short_is_mended(tmp_path: Path) -> None:
+    workspace, config = Workspace(tmp_path), Config()
+    workspace.adopt(config, overwrite=False)
+    whole = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(whole[:100])
+    assert workspace.adopt(config, overwrite=False) is True
+    assert (tmp_path / "config.yaml").read_text() == whole
 
 
 def test_equal_outputs_have_equal_digests_whatever_the_time(tmp_path: Path) -> None:

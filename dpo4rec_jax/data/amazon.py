@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 import io
-import json
 import re
+import warnings
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,6 +21,7 @@ from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.columns import UNKNOWN
 from dpo4rec_jax.data.files import Files
 from dpo4rec_jax.data.ratings import RawData, Select, no_items, no_users
+from dpo4rec_jax.workspace import parse_json
 
 # user, item, time, rating by form: 2014 and 2018, then 2023.
 FORMS = (
@@ -151,7 +152,7 @@ def _metadata(files: Files, name: str, items: set[str]) -> Iterator[tuple[Any, .
                     continue
                 entry = _object(line, where, number)
                 item = entry.get("parent_asin") or entry.get("asin")
-                if item in items:
+                if isinstance(item, str) and item in items:
                     yield item, _title(entry), _category(entry), _brand(entry)
             first_line += chunk.count(b"\n")
 
@@ -169,11 +170,12 @@ def _object(line: bytes, where: str, number: int) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise InputError(f"{where}:{number}: expected UTF-8 text, got other bytes") from None
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = parse_json(text)
+    except ValueError as error:
         value = _literal(line)
         if value is None:
-            raise InputError(f"{where}:{number}: not a JSON object: {error.msg}") from None
+            reason = getattr(error, "msg", error)
+            raise InputError(f"{where}:{number}: not a JSON object: {reason}") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}:{number}: expected an object, got {type(value).__name__}")
     return value
@@ -182,8 +184,11 @@ def _object(line: bytes, where: str, number: int) -> dict[str, Any]:
 def _literal(line: bytes) -> Any:
     for text in (_RELATED.sub(b"'related': {}", line), line):
         try:
-            return ast.literal_eval(text.decode().strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            with warnings.catch_warnings(action="ignore"):
+                value = ast.literal_eval(text.decode().strip())
+            repr(value).encode()  # as json.dumps would: half a surrogate pair cannot be kept
+            return value
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             continue
     return None
 

@@ -9,12 +9,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import cast
+from typing import Any
 
 from dpo4rec_jax.config import InputError
 
 # Where the files at data.path may lie: in it, or one folder down, as archives unpack.
 DEPTH = 2
+
+# Deflate shrinks logs and metadata by 3 to 30 times, but a bomb of zeros by 1,000.
+MOST_RATIO, LEAST_BOUND_BYTES = 200, 64 * 2**20
+BLOCK_BYTES = 2**20
 
 
 class Files:
@@ -49,8 +53,8 @@ class Files:
         """A readable binary stream. What goes wrong while it is read raises InputError."""
         where = self.where(name)
         try:
-            with self._opened(name) as raw:
-                yield gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
+            with self._opened(name) as (raw, size):
+                yield bounded(raw, size, where, gz=name.endswith(".gz"))
         except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
             raise InputError(f"{where}: truncated or damaged: {error}; get it again") from None
         except OSError as error:
@@ -74,14 +78,44 @@ class Files:
             raise InputError(f"{self.path}: not a readable zip: {error}; get it again") from None
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[io.BufferedIOBase]:
+    def _opened(self, name: str) -> Iterator[tuple[Any, int]]:
+        """The file as it lies there, and the bytes that it takes up."""
         if self._zipped():
             with zipfile.ZipFile(self.path) as archive, archive.open(name) as file:
-                yield cast(io.BufferedIOBase, file)
+                yield file, archive.getinfo(name).compress_size
         else:
             path = self.path / name if self.path.is_dir() else self.path
             with path.open("rb") as file:
-                yield file
+                yield file, path.stat().st_size
+
+
+def bounded(raw: Any, size: int, where: str, *, gz: bool) -> io.BufferedReader:
+    """The contents of a binary file of `size` packed bytes, which may be packed once more as gz.
+
+    Reading raises InputError where they are so much larger than the file as no data is, before
+    they fill the memory.
+    """
+    most = max(LEAST_BOUND_BYTES, MOST_RATIO * size)
+    contents = _Bounded(gzip.GzipFile(fileobj=raw) if gz else raw, most, where)
+    return io.BufferedReader(contents, BLOCK_BYTES)
+
+
+class _Bounded(io.RawIOBase):
+    def __init__(self, file: Any, most: int, where: str):
+        self._file, self._left, self._most, self._where = file, most, most, where
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise InputError(
+                f"{self._where}: unpacks to more than {self._most / 2**20:,.0f} MiB, over "
+                f"{MOST_RATIO} times its size, as no data does; if it is meant so, give it unpacked"
+            )
+        return count
 
 
 def files_in(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:

@@ -15,6 +15,8 @@ from dpo4rec_jax.data.files import Files
 
 PARQUET = (".parquet", ".pq")
 ENDINGS = (".csv", ".tsv", *PARQUET)
+# Damaged Parquet makes polars panic, which is no Exception of Python's.
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 SEPARATORS = ("\t", ";", ",")
 
 
@@ -41,7 +43,7 @@ def open_table(files: Files, name: str) -> Table:
     if name.removesuffix(".gz").endswith(PARQUET):
         try:
             header, separator = list(pl.read_parquet_schema(io.BytesIO(data))), None
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except UNREADABLE as error:
             fault = str(error).splitlines()[0]
             raise InputError(f"{where}: not a readable Parquet file: {fault}") from None
     else:
@@ -73,7 +75,7 @@ def load(table: Table, columns: Iterable[str | None]) -> pl.DataFrame:
                 separator=table.separator,
                 infer_schema=False,
             ).select(wanted)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except UNREADABLE as error:
         raise _diagnosed(table, str(error).splitlines()[0]) from None
     if frame.is_empty():
         raise InputError(f"{table.where}: expected rows below the header, got none")

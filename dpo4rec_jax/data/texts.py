@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dpo4rec_jax.config import InputError
-from dpo4rec_jax.workspace import write_jsonl
+from dpo4rec_jax.data.files import bounded
+from dpo4rec_jax.workspace import parse_json, write_jsonl
 
 Kind = Literal["user", "item"]
 T = TypeVar("T")
@@ -103,6 +105,9 @@ def _foreign(line: dict[str, Any]) -> tuple[str, str, int | None, str]:
 def _record(line: dict[str, Any]) -> TextRecord:
     kind, id, sample, text = _foreign(line)
     logps = line.get("logps")
+    for name in ("prompt_tokens", "completion_tokens", "logps"):
+        if not isinstance(line.get(name), list | None):
+            raise ValueError(f"{name}: expected a list of numbers, got {line[name]!r:.40}")
     return TextRecord(
         kind="user" if kind == "user" else "item",
         id=id,
@@ -117,22 +122,23 @@ def _record(line: dict[str, Any]) -> TextRecord:
 
 def _parsed(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, T]]:
     """Line numbers and parsed lines; blank ones are passed over."""
-    opened = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with path.open("rb") as raw:
+            unpacked = bounded(raw, path.stat().st_size, str(path), gz=path.suffix == ".gz")
+            file = io.TextIOWrapper(unpacked, encoding="utf-8")
             for number, text in enumerate(file, 1):
                 if text.isspace():
                     continue
-                line = json.loads(text)
+                line = parse_json(text)
                 if not isinstance(line, dict):
                     raise ValueError(f"expected an object, got {type(line).__name__}")
                 yield number, parse(line)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise InputError(f"{path}: truncated or damaged gz, after line {number}") from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot read the texts: {reason}") from None
-    except (EOFError, zlib.error):
-        raise InputError(f"{path}: truncated or damaged gz, after line {number}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{number}: not JSON: {error.msg}") from None
     except UnicodeDecodeError:

@@ -43,10 +43,24 @@ class Checkpoints:
         )
         self._manager.save(number, args=args)
 
+    def restore_newest(self, like: Tree) -> tuple[int, Tree, dict[str, Any]]:
+        """Number, state and position of the newest checkpoint that is whole.
+
+        Raises InputError where none is.
+        """
+        numbers = sorted(self._manager.all_steps(), reverse=True)
+        for number in numbers:
+            try:
+                return number, *self.restore(number, like)
+            except InputError:
+                if number == numbers[-1]:
+                    raise
+        raise AssertionError("no checkpoint to restore")
+
     def restore(self, number: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
         """State (shapes, dtypes and shardings as in `like`) and position of a checkpoint.
 
-        Raises InputError where the checkpoint holds another tree than `like`.
+        Raises InputError where the checkpoint is damaged or holds another tree than `like`.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(
@@ -54,12 +68,12 @@ class Checkpoints:
         )
         try:
             kept: Any = self._manager.restore(number, args=args)
-        except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # orbax raises bare ones where a file is damaged
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             where = Path(str(self._manager.directory)) / str(number)
             raise InputError(
-                f"{where}: not a checkpoint of this run ({reason}); delete it or run without "
-                "--resume"
+                f"{where}: damaged, or not a checkpoint of this run ({reason}); delete it or run "
+                "without --resume"
             ) from error
         return kept.state, dict(kept.position)
 

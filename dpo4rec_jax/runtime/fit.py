@@ -20,6 +20,7 @@ import optax
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
+from dpo4rec_jax.config import InputError
 from dpo4rec_jax.runtime.optimizer import learning_rate_schedule
 
 Tree = Any
@@ -90,6 +91,20 @@ class Fitted:
     best_epoch_R: Int[np.ndarray, " R"]
     loss_ER: Float[np.ndarray, "E R"]
     validation_ER: Float[np.ndarray, "E R"]
+    skipped_R: Int[np.ndarray, " R"]  # steps whose loss or gradient was not finite
+
+
+class Diverged(InputError):
+    """A member whose loss or gradient was not finite in too many steps in a row.
+
+    `batches` are those steps, newest last: {"member", "epoch", "step", "examples"}; `fitted` is
+    what all members were worth until then.
+    """
+
+    def __init__(self, batches: list[dict[str, Any]], fitted: Fitted):
+        where = f"up to step {batches[-1]['step']} of epoch {batches[-1]['epoch']}"
+        super().__init__(f"loss or gradient not finite in {len(batches)} steps in a row, {where}")
+        self.batches, self.fitted = batches, fitted
 
 
 def fit(
@@ -100,6 +115,7 @@ def fit(
     key: jax.Array,
     schedule: Schedule,
     on_epoch: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
+    max_skipped: int = 5,
 ) -> Fitted:
     """Trains all members until each has run out of patience or of epochs.
 
@@ -107,31 +123,73 @@ def fit(
     of steps an epoch; one with fewer examples has batches padded with examples of weight 0, and its
     losses are means over the real ones. A member out of patience no longer changes its best, so
     its result does not depend on who trains beside it.
+
+    A step whose loss or gradient is not finite leaves a member as it was; after `max_skipped` in a
+    row Diverged is raised.
     """
     pool_RT, steps = _pools(draws_RL, schedule.batch)
     state = first_state(params_R, key, schedule.optimizer(steps))
     losses, validations, capacity = [], [], 0
+    skipped = _Skipped(len(draws_RL), max_skipped)
+
+    def fitted() -> Fitted:
+        return Fitted(
+            params_R=state.best_params,
+            best_R=np.asarray(state.best),
+            best_epoch_R=np.asarray(state.best_epoch),
+            loss_ER=np.stack(losses),
+            validation_ER=np.stack(validations),
+            skipped_R=skipped.count_R,
+        )
+
     for epoch in range(schedule.epochs):
         order_RSB = _shuffled(pool_RT, state.key, jnp.int32(epoch), steps)
         if problem.demand is not None:
             need = int(_largest_demand(problem.demand, data, order_RSB))
             capacity = max(capacity, -(-need // CAPACITY_STEP) * CAPACITY_STEP)
-        state, loss_R, validation_R = run_epoch(
+        state, loss_R, skipped_RS, validation_R = run_epoch(
             problem, schedule, steps, capacity, state, data, order_RSB, jnp.int32(epoch)
         )
         losses.append(np.asarray(loss_R))
         validations.append(np.asarray(validation_R))
+        if batches := skipped.too_many(epoch, np.asarray(skipped_RS), order_RSB):
+            raise Diverged(batches, fitted())
         if on_epoch is not None:
             on_epoch(epoch, losses[-1], validations[-1])
         if (np.asarray(state.stale) >= schedule.patience).all():
             break
-    return Fitted(
-        params_R=state.best_params,
-        best_R=np.asarray(state.best),
-        best_epoch_R=np.asarray(state.best_epoch),
-        loss_ER=np.stack(losses),
-        validation_ER=np.stack(validations),
-    )
+    return fitted()
+
+
+class _Skipped:
+    """Counts skipped steps, in all and in a row, over the epochs."""
+
+    def __init__(self, members: int, most: int):
+        self.count_R = np.zeros(members, np.int64)
+        self._most = most
+        self._rows: list[list[dict[str, Any]]] = [[] for _ in range(members)]  # in a row, up to now
+
+    def too_many(
+        self, epoch: int, skipped_RS: np.ndarray, order_RSB: jax.Array
+    ) -> list[dict[str, Any]]:
+        """The batches of a member that skipped too many in a row by now; empty without one."""
+        self.count_R += skipped_RS.sum(1)
+        for member, skipped_S in enumerate(skipped_RS):
+            row = self._rows[member]
+            if not skipped_S.any():
+                row.clear()
+                continue
+            for step, skipped in enumerate(skipped_S):
+                if not skipped:
+                    row.clear()
+                    continue
+                index_B = np.asarray(order_RSB[member, step])
+                examples = index_B[index_B >= 0].tolist()
+                named = {"member": member, "epoch": epoch, "step": step, "examples": examples}
+                row.append(named)
+                if len(row) == self._most:
+                    return row
+        return []
 
 
 def first_state(params_R: Tree, key: jax.Array, optimizer: optax.GradientTransformation) -> Member:
@@ -188,8 +246,9 @@ def run_epoch(
     data: Tree,
     order_RSB: jax.Array,
     epoch: jax.Array,
-) -> tuple[Member, jax.Array, jax.Array]:
-    """One pass of every member over its batches: the new state, mean losses, validation metrics."""
+) -> tuple[Member, jax.Array, jax.Array, jax.Array]:
+    """One pass of every member over its batches: the new state, mean losses of the steps taken,
+    which steps were skipped, validation metrics."""
     optimizer = schedule.optimizer(steps)
 
     def train(state: Member, order_SB: jax.Array):
@@ -206,15 +265,20 @@ def run_epoch(
             index_B, number = now
             step_key = jax.random.fold_in(epoch_key, number + 1)
             loss, grads = jax.value_and_grad(batch_loss)(params, index_B, step_key)
-            updates, moments = optimizer.update(grads, moments, params)
-            return (optax.apply_updates(params, updates), moments), loss
+            updates, moved = optimizer.update(grads, moments, params)
+            finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+            new = (optax.apply_updates(params, updates), moved)
+            kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, carry)
+            return kept, (loss, finite)
 
         carry = (state.params, state.optimizer)
-        (params, moments), loss_S = jax.lax.scan(step, carry, (order_SB, jnp.arange(steps)))
+        numbered = (order_SB, jnp.arange(steps))
+        (params, moments), (loss_S, finite_S) = jax.lax.scan(step, carry, numbered)
         validation = problem.validate(params, data)
         state = replace(state, params=params, optimizer=moments)
         state = _keep_best(state, validation, epoch, schedule.patience)
-        return state, loss_S.mean(), validation
+        loss = jnp.where(finite_S, loss_S, 0.0).sum() / finite_S.sum()
+        return state, loss, ~finite_S, validation
 
     return jax.vmap(train)(state_R, order_RSB)
 

@@ -7,8 +7,9 @@ the host. One program is compiled ahead of time for each microbatch shape.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,15 +22,19 @@ from dpo4rec_jax.runtime.checkpoint import Checkpoints
 from dpo4rec_jax.runtime.loader import Feed, Microbatch
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress, Stopped, Task
 from dpo4rec_jax.runtime.state import Loss, TrainState, Tree
-
-MOST_SKIPPED_IN_A_ROW = 5
+from dpo4rec_jax.workspace import write_json
 
 Place = Callable[[Mapping[str, np.ndarray]], Mapping[str, jax.Array]]
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a run is made of. `advice` ends the message of a run that diverges."""
+    """What a run is made of.
+
+    `advice` ends the message of a run that diverges: of one with `max_skipped` steps in a row whose
+    loss or gradient is not finite. Their batches then go to `diagnosis`, each row by its name in
+    `row_names` (without any: by its number).
+    """
 
     loss: Loss
     optimizer: optax.GradientTransformation
@@ -39,6 +44,9 @@ class Trainer:
     description: str
     unit: str = "pairs"
     advice: str = "lower the learning rate"
+    max_skipped: int = 5
+    diagnosis: Path | None = None
+    row_names: Sequence[str] = ()
     log_every: int = 5
     save_every: int = 50
     place: Place = jax.device_put
@@ -49,8 +57,8 @@ class Trainer:
         """Trains to the end of the feed, from the newest checkpoint if there is one.
 
         `state` is donated. On Stopped (SIGTERM) everything is saved, the half-finished accumulation
-        of a step included, and Stopped goes on. Raises InputError after several steps in a row
-        whose loss or gradient was not finite.
+        of a step included, and Stopped goes on. A step whose loss or gradient is not finite is
+        skipped; after `max_skipped` in a row the last good state is saved, and InputError raised.
         """
         state, done = self._restored(state, feed, checkpoints)
         programs = Programs(self.loss, self.optimizer, self.schedule)
@@ -67,16 +75,45 @@ class Trainer:
                         if checkpoints and meter.step % self.save_every == 0:
                             checkpoints.save(done, state, feed.position)
                     _advance(task, 1, **meter.shown)
-            except Stopped:
                 meter.finish()
+            except (Stopped, _Diverged) as reason:
                 if checkpoints:
                     checkpoints.save(done, state, feed.position)
                     checkpoints.wait()
+                if isinstance(reason, _Diverged):
+                    raise InputError(self._diagnosed(reason)) from None
+                meter.finish()
                 raise
-        meter.finish()
         if checkpoints:
             checkpoints.wait()
+        if skipped := int(state.skipped):
+            self.progress.say(
+                f"  {self.description}: {skipped} of {int(state.step)} steps skipped, their loss "
+                f"or gradient was not finite; {self.advice}"
+            )
         return state
+
+    def _diagnosed(self, diverged: _Diverged) -> str:
+        """Writes which batches were skipped last; returns the message."""
+        message = (
+            f"{self.description}: loss or gradient not finite in {diverged.in_a_row} steps in a "
+            f"row, up to step {diverged.steps[-1].step}; {self.advice}"
+        )
+        if self.diagnosis is None:
+            return message
+        batches = [
+            {
+                "step": skipped.step,
+                "rows": [self.row_names[row] if self.row_names else row for row in skipped.rows],
+                **{name: str(value) for name, value in skipped.figures.items()},
+            }
+            for skipped in diverged.steps
+        ]
+        write_json(self.diagnosis, {"message": message, "skipped": batches})
+        return (
+            f"{message} ({self.diagnosis} lists the batches; the state before them is kept: to go "
+            f"on from it, --resume --set runtime.max_skipped={2 * self.max_skipped})"
+        )
 
     def _restored(
         self, state: TrainState, feed: Feed, checkpoints: Checkpoints | None
@@ -88,9 +125,11 @@ class Trainer:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
         )
         jax.tree.map(lambda leaf: leaf.delete(), state)  # never two states on the device
-        state, feed.position = checkpoints.restore(latest, like)
+        done, state, feed.position = checkpoints.restore_newest(like)
+        if done != latest:
+            self.progress.say(f"  {self.description}: checkpoint {latest} is damaged, going back")
         self.log.rewind(int(state.step) + 1)
-        return state, latest
+        return state, done
 
 
 def _advance(task: Task, n: int, **figures: float) -> None:
@@ -152,6 +191,20 @@ def lower(function: Any, state: TrainState, *rest: Any) -> jax.stages.Lowered:
     return jax.jit(function, donate_argnums=0, out_shardings=(like, None)).lower(state, *rest)
 
 
+@dataclass(frozen=True)
+class _Skipped:
+    """A step that changed nothing: its rows, and the figures that were not finite."""
+
+    step: int
+    rows: tuple[int, ...]
+    figures: dict[str, float]
+
+
+class _Diverged(Exception):
+    def __init__(self, steps: Sequence[_Skipped], in_a_row: int):
+        self.steps, self.in_a_row = steps, in_a_row
+
+
 @dataclass
 class _Meter:
     """Means of the figures over each interval, one step behind the device."""
@@ -162,20 +215,22 @@ class _Meter:
     shown: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._waiting: tuple[int, dict[str, jax.Array], int, int] | None = None
-        self._rows = self._tokens = 0
+        self._waiting: tuple[int, dict[str, jax.Array], tuple[int, ...], int] | None = None
+        self._rows: tuple[int, ...] = ()
+        self._tokens = 0
+        self._skipped: list[_Skipped] = []  # in a row, up to now
         self._start_interval()
 
     def count(self, microbatch: Microbatch, arrays: Mapping[str, np.ndarray]) -> None:
         real = arrays["mask_B"]
-        self._rows += len(microbatch.rows)
+        self._rows += microbatch.rows
         self._tokens += int(arrays["prompt_length_B"][real].sum())
         self._tokens += int(arrays["completion_length_BC"][real].sum())
 
     def end_step(self, figures: dict[str, jax.Array]) -> None:
         self.step += 1
         finished, self._waiting = self._waiting, (self.step, figures, self._rows, self._tokens)
-        self._rows = self._tokens = 0
+        self._rows, self._tokens = (), 0
         if finished is not None:
             self._take(*finished)
 
@@ -186,15 +241,19 @@ class _Meter:
             self._waiting = None
         self._write()
 
-    def _take(self, step: int, on_device: dict[str, jax.Array], rows: int, tokens: int) -> None:
+    def _take(
+        self, step: int, on_device: dict[str, jax.Array], rows: tuple[int, ...], tokens: int
+    ) -> None:
         figures = {name: float(value) for name, value in jax.device_get(on_device).items()}
-        if figures["skipped_in_a_row"] >= MOST_SKIPPED_IN_A_ROW:
-            raise InputError(
-                f"{self.trainer.description}: loss or gradient not finite in "
-                f"{MOST_SKIPPED_IN_A_ROW} steps in a row, up to step {step}; {self.trainer.advice}"
-            )
+        if figures["skipped_in_a_row"]:
+            shown = {name: figures[name] for name in ("loss", "grad_norm")}
+            self._skipped.append(_Skipped(step, rows, shown))
+        else:
+            self._skipped.clear()
+        if figures["skipped_in_a_row"] >= self.trainer.max_skipped:
+            raise _Diverged(self._skipped, int(figures["skipped_in_a_row"]))
         self._steps.append(figures)
-        self._interval_rows += rows
+        self._interval_rows += len(rows)
         self._interval_tokens += tokens
         self._last = step
         self.shown = {"loss": figures["loss"]}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 from rich.console import Console
 from rich.progress import (
@@ -22,7 +22,10 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from dpo4rec_jax.runtime.tracking import Tracker
+
 SECONDS_BETWEEN_LINES = 10.0
+SILENCE_SECONDS = 20.0  # after which a step without a line says that it is alive
 
 
 class Stopped(BaseException):
@@ -41,14 +44,15 @@ class Task:
         )
         self._done = 0
         self._began = self._line_at = time.monotonic()
-        self._bar = progress.begin_bar(description, total)
+        self._bar = progress.begin_bar(f"  {description}", total)
 
     def advance(self, n: int = 1, **figures: float) -> None:
         """Counts n more units done; figures are shown beside the count. Raises Stopped."""
         self._done += n
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self._progress.move_bar(self._bar, n, shown)
         now = time.monotonic()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        speed = f"{self._done / max(now - self._began, 1e-9):.3g} {self._unit}/s"
+        self._progress.move_bar(self._bar, n, f"{speed}  {shown}".rstrip())
         if not self._progress.interactive and now - self._line_at >= SECONDS_BETWEEN_LINES:
             self._line_at = now
             self._progress.say(f"  {self._description}: {self._rate(now)}  {shown}".rstrip())
@@ -63,18 +67,46 @@ class Task:
 
 
 class Progress:
-    """Bars on a terminal, a plain line every 10 s elsewhere. Thread-safe stop request."""
+    """Bars on a terminal, a step's tasks under the step; elsewhere a plain line every 10 s.
+
+    The stop request is thread-safe.
+    """
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True, highlight=False)
         self.interactive = self.console.is_terminal and not os.environ.get("CI")
         self.stop_requested = threading.Event()
         self._rich: RichProgress | None = None
+        self._said_at = time.monotonic()
 
     def say(self, line: str) -> None:
+        self._said_at = time.monotonic()
         self.console.print(line, markup=False, soft_wrap=True)
 
-    @contextmanager
+    @contextlib.contextmanager
+    def step(self, name: str, place: int, total: int) -> Iterator[None]:
+        """Around step `place` of `total`: its bar stands over those of its tasks. Where there are
+        no bars, a step that compiles or loads in silence says every 20 s that it is alive."""
+        began, over = time.monotonic(), threading.Event()
+        bar = self.begin_bar(f"{name} ({place} of {total})", total, place - 1)
+
+        def remind() -> None:
+            while not over.wait(max(self._said_at + SILENCE_SECONDS - time.monotonic(), 0.05)):
+                if time.monotonic() - self._said_at >= SILENCE_SECONDS:
+                    self.say(f"  {name}: {time.monotonic() - began:.0f} s so far")
+
+        reminder = threading.Thread(target=remind, daemon=True)
+        if not self.interactive:
+            reminder.start()
+        try:
+            yield
+        finally:
+            over.set()
+            if reminder.is_alive():
+                reminder.join()
+            self.end_bar(bar)
+
+    @contextlib.contextmanager
     def track(self, description: str, total: int, unit: str = "") -> Iterator[Task]:
         """A Task of `total` units; several may be open at once (nested bars)."""
         task = Task(self, description, total, unit)
@@ -83,12 +115,12 @@ class Progress:
         finally:
             self.end_bar(task._bar)
 
-    def begin_bar(self, description: str, total: int) -> int | None:
+    def begin_bar(self, description: str, total: int, done: int = 0) -> int | None:
         if not self.interactive:
             return None
         if self._rich is None:
             columns = (
-                TextColumn("  {task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -97,7 +129,7 @@ class Progress:
             )
             self._rich = RichProgress(*columns, console=self.console, transient=True)
             self._rich.start()
-        return self._rich.add_task(description, total=total, shown="")
+        return self._rich.add_task(description, total=total, completed=done, shown="")
 
     def move_bar(self, bar: int | None, n: int, shown: str) -> None:
         if self._rich is not None and bar is not None:
@@ -113,13 +145,18 @@ class Progress:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and to TensorBoard events, for one stage of one round."""
+    """Appends to metrics.jsonl and to TensorBoard events, for one stage of one round; to `tracker`
+    as well where there is one."""
 
-    def __init__(self, directory: Path, stage: str, round: int | None):
+    def __init__(
+        self, directory: Path, stage: str, round: int | None, tracker: Tracker | None = None
+    ):
         self._directory, self._stage, self._round = directory, stage, round
+        self._tracker = tracker
         self._path = directory / "metrics.jsonl"
         self._tensorboard = None
         self._lock = threading.Lock()
+        _drop_cut_line(self._path)
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """One line: time, stage, round, step and the values (NaN and infinities as null)."""
@@ -131,35 +168,60 @@ class MetricsLog:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line | finite) + "\n")
             self._add_to_tensorboard(step, finite)
+            if self._tracker is not None:
+                self._tracker.log(self._prefix, step, finite)
+
+    @property
+    def _prefix(self) -> str:
+        return self._stage if self._round is None else f"round{self._round}/{self._stage}"
 
     def _add_to_tensorboard(self, step: int, values: Mapping[str, float | None]) -> None:
         if self._tensorboard is None:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self._directory / "tb"))
-        prefix = self._stage if self._round is None else f"round{self._round}/{self._stage}"
         for name, value in values.items():
             if value is not None:
-                self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+                self._tensorboard.add_scalar(f"{self._prefix}/{name}", value, step)
 
     def rewind(self, step: int) -> None:
         """Drops this stage's lines from `step` on, which a continued run writes again."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
+        entries = self._entries()
+        self._rewrite(line for line, entry in entries if not (entry and entry["step"] >= step))
+
+    def settle(self) -> None:
+        """Of what a continued run wrote again, under the same step and names, the last stays."""
+        last = {_what(line, entry): line for line, entry in self._entries()}
+        self._rewrite(last.values())
+
+    def _entries(self) -> list[tuple[str, dict[str, Any] | None]]:
+        """The lines, and this stage's own parsed; what is no JSON is left out."""
+        found = []
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            with contextlib.suppress(json.JSONDecodeError):
                 entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run may be cut
-            same = (entry.get("stage"), entry.get("round")) == (self._stage, self._round)
-            if not (same and entry["step"] >= step):
-                kept.append(line + "\n")
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+                own = (entry.get("stage"), entry.get("round")) == (self._stage, self._round)
+                found.append((line, entry if own else None))
+        return found
+
+    def _rewrite(self, lines: Iterable[str]) -> None:
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text("".join(lines), encoding="utf-8")
         temporary.replace(self._path)
 
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+
+
+def _what(line: str, entry: dict[str, Any] | None) -> Hashable:
+    return line if entry is None else (entry["step"], *(name for name in entry if name != "time"))
+
+
+def _drop_cut_line(path: Path) -> None:
+    """What a killed run was writing, without its line end, would swallow the next line."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from dpo4rec_jax.config import EndpointConfig, InputError
+from dpo4rec_jax.workspace import parse_json
 
 FIRST_WAIT_S, LONGEST_WAIT_S, LONGEST_ASKED_S = 0.5, 60.0, 600.0
 LAST_WAIT_S = 30.0  # for replies in flight when another request has failed for good
@@ -194,7 +195,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _parse(body: bytes) -> tuple[str, Literal["stop", "length"]]:
     """Text and finish of a chat completion; a null content (a refusal) is an empty text."""
     try:
-        choice = json.loads(body)["choices"][0]
+        choice = parse_json(body.decode())["choices"][0]
         text, finish = choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, LookupError, TypeError, AttributeError):
         start = " ".join(body[:SHOWN].decode("utf-8", "replace").split())[:40]

@@ -7,13 +7,15 @@ and after. Nothing is tokenised: pairs carry the ids that were sampled.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ FIGURES = (
     "logps/rejected",
 )
 FEWEST_PAIRS_TO_HOLD_OUT = 10
+MUCH_WORSE, MUCH_LESS_LIKELY = 1.1, -1.0  # a ratio of losses; a reward
 
 ORDER_STREAM, ADAPTER_STREAM, DROPOUT_STREAM, HELDOUT_STREAM = range(4)
 
@@ -76,17 +79,20 @@ def run(stage: Stage) -> None:
     reference_BP = reference_logps(stage, tuning, rows, size)
     rows = dataclasses.replace(rows, extra={**rows.extra, "logp_reference_BP": reference_BP})
     held_out = held_out_rows(pairs, align.heldout_fraction, seed_of(config, HELDOUT_STREAM))
-    training_rows = rows.take(np.flatnonzero(~held_out).tolist())
+    trained_on = np.flatnonzero(~held_out).tolist()
+    training_rows, names = rows.take(trained_on), [f"pairs.jsonl:{row + 1}" for row in trained_on]
     heldout_rows = rows.take(np.flatnonzero(held_out).tolist())
     stage.progress.say(f"  {len(training_rows)} pairs to train on, {len(heldout_rows)} held out")
 
     loss = preference_loss(tuning, align)
     trainable, frozen = tuning.start(seed_of(config, ADAPTER_STREAM, stage.round))
     before = _held_out_before(stage, tuning, loss, trainable, frozen, heldout_rows, size)
-    state = _trained(stage, tuning, loss, trainable, frozen, training_rows, size)
+    state = _trained(stage, tuning, loss, trainable, frozen, training_rows, names, size)
     after = evaluate(stage, tuning, loss, state.trainable, frozen, heldout_rows, size)
     if after:
         stage.log.write(int(state.step), {f"heldout/{name}": v for name, v in after.items()})
+    for doubt in doubts(before, after, align):
+        stage.progress.say(f"  {doubt}")
 
     tuning.save(stage.directory, state.trainable, config)
     write_json(
@@ -221,10 +227,10 @@ def reference_logps(stage: Stage, tuning: Tuning, rows: Rows, size: int) -> np.n
     Kept in reference.npz under the digest of weights and tokens, and computed once.
     """
     path, digest = stage.directory / "reference.npz", _digest(tuning.policy.params, rows)
-    if path.exists():
-        with np.load(path, allow_pickle=False) as kept:
-            if str(kept["digest"]) == digest:
-                return kept["logp_BP"]
+    unreadable = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+    with contextlib.suppress(*unreadable), np.load(path, allow_pickle=False) as kept:
+        if str(kept["digest"]) == digest:
+            return kept["logp_BP"]
     max_shapes = stage.config.align.max_shapes
     with stage.progress.track("reference log-probabilities", len(rows), "pairs") as task:
         logp_BP = policy_logps(tuning, rows, size, max_shapes, task.advance)
@@ -277,7 +283,7 @@ def evaluate(
 def _held_out_before(stage: Stage, *arguments: Any) -> dict[str, float]:
     """Evaluated before training; a continued run reads what its first part found."""
     path = stage.directory / "before.json"
-    if path.exists():
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
     before = evaluate(stage, *arguments)
     if before:
@@ -286,8 +292,35 @@ def _held_out_before(stage: Stage, *arguments: Any) -> dict[str, float]:
     return before
 
 
+def doubts(
+    before: Mapping[str, float], after: Mapping[str, float], align: AlignConfig
+) -> Iterator[str]:
+    """What held-out pairs say against the new policy, each with the knob to turn."""
+    if not before or not after:
+        return
+    if after["loss"] > MUCH_WORSE * before["loss"]:
+        yield (
+            f"the loss of held-out pairs rose from {before['loss']:.3f} to {after['loss']:.3f}: "
+            "training diverges or overfits; lower align.learning_rate (now "
+            f"{align.learning_rate:g}) or align.epochs (now {align.epochs})"
+        )
+    if after["rewards/chosen"] < MUCH_LESS_LIKELY:
+        yield (
+            f"chosen texts became less likely by {-after['rewards/chosen'] / align.beta:.0f} nats: "
+            f"the policy drifts from all it was shown; lower align.learning_rate (now "
+            f"{align.learning_rate:g}), or raise align.beta or align.nll_weight"
+        )
+
+
 def _trained(
-    stage: Stage, tuning: Tuning, loss: Loss, trainable: Tree, frozen: Tree, rows: Rows, size: int
+    stage: Stage,
+    tuning: Tuning,
+    loss: Loss,
+    trainable: Tree,
+    frozen: Tree,
+    rows: Rows,
+    names: Sequence[str],
+    size: int,
 ) -> training.TrainState:
     config, align = stage.config, stage.config.align
     assert stage.round is not None
@@ -308,6 +341,9 @@ def _trained(
         progress=stage.progress,
         description=f"align (round {stage.round})",
         advice="lower align.learning_rate, or raise align.warmup_fraction",
+        max_skipped=config.runtime.max_skipped,
+        diagnosis=stage.directory / "diagnosis.json",
+        row_names=names,
         log_every=align.log_every,
         save_every=align.save_every,
         place=tuning.place,

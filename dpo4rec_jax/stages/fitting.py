@@ -40,11 +40,13 @@ def fit_arm(
     seed: int,
     fold_U: Int32[np.ndarray, " U"] | None = None,
     on_epoch: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
+    max_skipped: int = 5,
 ) -> tuple[Members, Fitted]:
     """Trains `rank.seeds` members on all training users and, given folds, one more a fold that
     never draws a list of that fold's users. All are selected on the validation users.
 
-    Raises InputError where the losses are not finite.
+    Raises Diverged where losses are not finite in `max_skipped` steps in a row, and InputError
+    where no loss is finite.
     """
     config = reranker_config(rank, prepared, lists)
     folds = 0 if fold_U is None else int(fold_U.max()) + 1
@@ -66,8 +68,9 @@ def fit_arm(
         jax.random.fold_in(key, 1),
         schedule_of(rank),
         on_epoch,
+        max_skipped,
     )
-    if not np.isfinite(fitted.loss_ER).all() or not np.isfinite(fitted.best_R).all():
+    if not np.isfinite(fitted.loss_ER).any(0).all() or not np.isfinite(fitted.best_R).all():
         raise InputError(
             f"rank: training of {rank.backbone} is not finite; lower rank.learning_rate "
             f"(now {rank.learning_rate})"

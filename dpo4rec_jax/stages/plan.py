@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo4rec_jax import __version__
 from dpo4rec_jax.config import Config, InputError
-from dpo4rec_jax.workspace import Workspace, digest_of_path
+from dpo4rec_jax.workspace import Workspace, digest_of_path, step_name
 
 STAGES = (
     "prepare",
@@ -40,6 +40,10 @@ SECTIONS = {
 }
 
 
+# What a stage leaves at the top of the workspace rather than in its own directory.
+OUTSIDE = {"report": ("report.json", "report.md", "report.html")}
+
+
 @dataclass(frozen=True)
 class Step:
     """One stage of one round (round None: once a run) and the steps whose artifacts it reads."""
@@ -52,8 +56,14 @@ class Step:
         return self.stage if self.round is None else f"{self.stage} (round {self.round})"
 
 
+def has_policy(config: Config) -> bool:
+    """Whether an LLM of this run writes anything."""
+    written = (config.reason.user_texts, config.reason.item_texts)
+    return config.rounds > 0 or "policy" in written or config.encode.encoder == "policy"
+
+
 def has_warmup(config: Config) -> bool:
-    return config.policy.path == "tiny" or config.warmup.texts is not None
+    return has_policy(config) and (config.policy.path == "tiny" or config.warmup.texts is not None)
 
 
 def plan(config: Config) -> list[Step]:
@@ -90,13 +100,20 @@ def plan(config: Config) -> list[Step]:
 
 
 def selected(steps: list[Step], stages: Sequence[str] | None) -> list[Step]:
-    """The steps of the named stages. Raises InputError for a name that is no stage."""
+    """The steps of the named stages, of all rounds (`rank`) or of one (`round0/rank`).
+
+    Raises InputError for a name that is no stage of the run.
+    """
     if stages is None:
         return steps
+    known = {*STAGES, *(step_name(step.stage, step.round) for step in steps)}
     for name in stages:
-        if name not in STAGES:
-            raise InputError(f"--stages {name}: unknown stage; known: {', '.join(STAGES)}")
-    return [step for step in steps if step.stage in stages]
+        if name not in known:
+            raise InputError(
+                f"--stages {name}: unknown stage; known: {', '.join(STAGES)}, and of one round "
+                "such as round0/rank"
+            )
+    return [s for s in steps if {s.stage, step_name(s.stage, s.round)} & set(stages)]
 
 
 def inputs_of(step: Step, config: Config, workspace: Workspace) -> dict[str, Any]:
@@ -113,7 +130,7 @@ def inputs_of(step: Step, config: Config, workspace: Workspace) -> dict[str, Any
         if manifest is None:
             raise InputError(
                 f"{workspace.path}: stage {step} reads {need}, which is not complete; "
-                f"run it first: --stages {need.stage}"
+                f"run it first: --stages {step_name(need.stage, need.round)}"
             )
         upstream[str(need)] = manifest["outputs_digest"]
     return {

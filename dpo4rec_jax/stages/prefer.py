@@ -14,13 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from dpo4rec_jax.config import InputError, PreferConfig
+from dpo4rec_jax.config import Config, InputError, PreferConfig
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
 from dpo4rec_jax.data.texts import TextRecord, read_records
 from dpo4rec_jax.stages.arms import arms_of, judge_name, knowledge_of, lists_in, lists_of
 from dpo4rec_jax.stages.judging import Rewards, judge
 from dpo4rec_jax.weights.reranker import load_members
 from dpo4rec_jax.workspace import Stage, write_jsonl, write_npz
+
+EQUAL_TEXTS, OTHER_LENGTH, WITHIN_GAP, FEW_TEXTS = (
+    "equal texts",
+    "of too different length",
+    "within min_gap",
+    "fewer than two texts each",
+)
 
 
 def run(stage: Stage) -> None:
@@ -48,10 +55,11 @@ def run(stage: Stage) -> None:
     )
     stage.log.write(0, _figures(rewards, reward_UC, pairs, dropped))
     if not pairs:
-        reasons = ", ".join(f"{n} {why}" for why, n in dropped.most_common()) or "no text"
+        reasons = ", ".join(f"{n} {why}" for why, n in dropped.most_common()) or FEW_TEXTS
+        why = dropped.most_common(1)[0][0] if dropped else FEW_TEXTS
         raise InputError(
-            f"prefer: no pair among {len(rewards.user_U)} users ({reasons}); raise reason.samples "
-            f"(now {stage.config.reason.samples}) or reason.temperature, or lower prefer.min_gap"
+            f"prefer: no pair among {len(rewards.user_U)} users ({reasons}); "
+            f"{_knob(why, stage.config)}"
         )
     write_jsonl(stage.directory / "pairs.jsonl", pair_lines(pairs, rewards, records, prepared))
     lost = f" ({', '.join(f'{n} {why}' for why, n in dropped.most_common())})" if dropped else ""
@@ -143,15 +151,33 @@ def _fault(
     """Why two texts make no pair, or None."""
     same_tokens = chosen.completion_tokens == rejected.completion_tokens
     if chosen.text.strip() == rejected.text.strip() or (chosen.completion_tokens and same_tokens):
-        return "equal texts"
+        return EQUAL_TEXTS
     length_gap = abs(text_length(chosen) - text_length(rejected))
     if config.max_length_gap is not None and length_gap > config.max_length_gap:
-        return "of too different length"
+        return OTHER_LENGTH
     if config.choice == "random":
         return None
     gap = score[0] - score[1]
     told_apart = gap > config.min_gap or (config.min_gap == gap == 0.0 and likelihood_gap > 0.0)
-    return None if told_apart else "within min_gap"
+    return None if told_apart else WITHIN_GAP
+
+
+def _knob(why: str, config: Config) -> str:
+    """What to turn where texts make no pairs for this reason."""
+    reason, prefer = config.reason, config.prefer
+    if why == FEW_TEXTS:
+        return f"raise reason.samples (now {reason.samples})"
+    if why == EQUAL_TEXTS:
+        return (
+            f"raise reason.temperature (now {reason.temperature:g}), reason.top_p (now "
+            f"{reason.top_p:g}) or reason.samples (now {reason.samples})"
+        )
+    if why == OTHER_LENGTH:
+        return f"raise prefer.max_length_gap (now {prefer.max_length_gap})"
+    return (
+        f"lower prefer.min_gap (now {prefer.min_gap:g}), or raise reason.samples (now "
+        f"{reason.samples}) or reason.temperature (now {reason.temperature:g})"
+    )
 
 
 def text_length(record: TextRecord) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,10 +12,11 @@ import numpy as np
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
-from dpo4rec_jax.runtime.fit import Fitted
+from dpo4rec_jax.runtime.checkpoint import save_arrays
+from dpo4rec_jax.runtime.fit import Diverged, Fitted
 from dpo4rec_jax.stages.arms import Arm, arms_of, folds_of, knowledge_of, lists_of
 from dpo4rec_jax.stages.fitting import fit_arm
-from dpo4rec_jax.weights.reranker import Members, save_members
+from dpo4rec_jax.weights.reranker import Members, load_members, save_members
 from dpo4rec_jax.workspace import Stage, write_json, write_npz
 
 
@@ -30,7 +33,7 @@ def run(stage: Stage) -> None:
     none = np.full(len(prepared.user_id), -1, np.int32)
     write_npz(stage.directory / "fold.npz", {"fold_U": none if fold_U is None else fold_U})
     arms = arms_of(config, stage.workspace, stage.round)
-    waiting = [arm for arm in arms if not (stage.directory / f"{arm.name}.json").exists()]
+    waiting = [arm for arm in arms if not _is_whole(stage.directory, arm.name)]
 
     def train(arm: Arm) -> None:
         members, fitted = _fit(stage, arm, prepared, fold_U if arm.judge else None)
@@ -40,6 +43,15 @@ def run(stage: Stage) -> None:
     # On CPU one arm compiles (on one core) while another trains.
     with ThreadPoolExecutor(max(1, len(waiting)) if jax.default_backend() == "cpu" else 1) as pool:
         list(pool.map(train, waiting))
+
+
+def _is_whole(directory: Path, arm: str) -> bool:
+    try:
+        load_members(directory / f"{arm}.safetensors")
+        json.loads((directory / f"{arm}.json").read_text(encoding="utf-8"))
+    except (InputError, OSError, ValueError):
+        return False
+    return True
 
 
 def _fit(
@@ -62,7 +74,37 @@ def _fit(
             task.advance(1, **figures)
 
         # The same seeds in every arm and round: their difference is then the knowledge's.
-        return fit_arm(prepared, lists, rank, stage.config.seed, fold_U, on_epoch)
+        arguments = prepared, lists, rank, stage.config.seed, fold_U, on_epoch
+        try:
+            members, fitted = fit_arm(*arguments, stage.config.runtime.max_skipped)
+        except Diverged as diverged:
+            raise InputError(_diagnosed(stage, arm, diverged)) from None
+    if skipped := int(fitted.skipped_R.sum()):
+        stage.progress.say(
+            f"  {arm.name}: {skipped} steps skipped, their loss or gradient was not finite; "
+            f"lower rank.learning_rate (now {rank.learning_rate:g})"
+        )
+    return members, fitted
+
+
+def _diagnosed(stage: Stage, arm: Arm, diverged: Diverged) -> str:
+    """Writes which lists were skipped last, and the best parameters so far; returns the message."""
+    message = (
+        f"rank: {arm.name}: {diverged}; lower rank.learning_rate (now "
+        f"{stage.config.rank.learning_rate:g})"
+    )
+    path = stage.directory / f"{arm.name}-diagnosis.json"
+    lists = [
+        {**{k: v for k, v in batch.items() if k != "examples"}, "lists": batch["examples"]}
+        for batch in diverged.batches
+    ]
+    write_json(path, {"message": message, "skipped": lists})
+    if (diverged.fitted.best_epoch_R >= 0).any():
+        save_arrays(
+            stage.directory / f"{arm.name}-last-good.safetensors",
+            jax.device_get(diverged.fitted.params_R),
+        )
+    return f"{message} ({path} lists the batches, by their row in prepare/lists.npz)"
 
 
 def _best_of_last_round(stage: Stage, knowledge: Knowledge, prepared: Prepared) -> Knowledge:
@@ -96,9 +138,13 @@ def _summary(members: Members, fitted: Fitted) -> dict[str, object]:
         "folds": members.folds,
         "selected_by": "ndcg@5 of validation users",
         "validation_ndcg@5": fitted.best_R[seeds].tolist(),
+        "steps_skipped": fitted.skipped_R.tolist(),
         "best_epoch": fitted.best_epoch_R[seeds].tolist(),
         "folds_validation_ndcg@5": fitted.best_R[members.seeds :].tolist(),
         "folds_best_epoch": fitted.best_epoch_R[members.seeds :].tolist(),
-        "loss_by_epoch": fitted.loss_ER.tolist(),
+        "loss_by_epoch": [  # null: an epoch of which every step was skipped
+            [loss if np.isfinite(loss) else None for loss in loss_R]
+            for loss_R in fitted.loss_ER.tolist()
+        ],
         "validation_by_epoch": fitted.validation_ER.tolist(),
     }

@@ -8,18 +8,19 @@ part files at once, so a killed run continues with the rest, to the same texts.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo4rec_jax.config import InputError
+from dpo4rec_jax.config import InputError, ReasonConfig
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
 from dpo4rec_jax.data.prompts import Prompt
 from dpo4rec_jax.data.texts import Kind, TextRecord, read_records, read_texts, write_records
@@ -64,6 +65,8 @@ def run(stage: Stage) -> None:
     writer = _endpoint_writer(stage) if first and config.endpoint else _policy_writer(stage)
     if first and config.texts is not None:
         users = _given_users(stage, prepared, config.texts)
+    elif config.user_texts == "history":
+        users = _no_reasoning(stage, prepared)
     else:
         users = _write(stage, _user_job(stage, prepared), writer)
     _log_quality(stage, users)
@@ -95,7 +98,10 @@ def _write(stage: Stage, job: Job, writer: Writer) -> list[TextRecord]:
     """Lets the writer finish the job, then puts `{name}.jsonl` in order; returns its texts."""
     path = stage.directory / f"{job.name}.jsonl"
     if path.exists():  # an interrupted run got further than this
-        return read_records(path)
+        with contextlib.suppress(InputError):
+            records = read_records(path)
+            if [(record.kind, record.id, record.sample) for record in records] == job.texts():
+                return records
     parts = Parts(stage.directory, job.name, jax.process_index())
     if job.prompts:
         writer(job, parts)
@@ -272,6 +278,18 @@ def _given_users(stage: Stage, prepared: Prepared, path: str) -> list[TextRecord
     return records
 
 
+def _no_reasoning(stage: Stage, prepared: Prepared) -> list[TextRecord]:
+    """users.jsonl of empty texts: the encoder then sees a user's history alone."""
+    if stage.config.rounds:
+        raise InputError(
+            f"reason.user_texts: history leaves nothing to prefer, but rounds is "
+            f"{stage.config.rounds}; set rounds: 0, or user_texts: policy"
+        )
+    records = [TextRecord("user", id, "") for id in prepared.user_id]
+    write_records(stage.directory / "users.jsonl", records)
+    return records
+
+
 def _given_items(stage: Stage, prepared: Prepared) -> bool:
     """Writes items.jsonl from a file of texts or from metadata; False where neither is asked for.
 
@@ -307,3 +325,22 @@ def _log_quality(stage: Stage, records: Sequence[TextRecord]) -> None:
         shares = [len(set(texts)) / len(texts) for texts in several]
         numbers["distinct_share"] = np.mean(shares)
     stage.log.write(0, {name: float(number) for name, number in numbers.items()})
+    for doubt in doubts(numbers, stage.config.reason):
+        stage.progress.say(f"  {doubt}")
+
+
+def doubts(numbers: Mapping[str, float], config: ReasonConfig) -> Iterator[str]:
+    """What a look at the texts says against them, each with the knob to turn."""
+    cut = 1.0 - numbers["stopped_share"]
+    if cut > 0.5:
+        much = "all" if cut == 1 else f"{cut:.0%}"
+        yield (
+            f"{much} of the texts are cut off at reason.max_new_tokens = {config.max_new_tokens}; "
+            "raise it"
+        )
+    if numbers.get("distinct_share", 1.0) < 0.5:
+        yield (
+            f"only {numbers['distinct_share']:.0%} of a user's texts are distinct, and equal texts "
+            f"make no pairs; raise reason.temperature (now {config.temperature:g}) or reason.top_p "
+            f"(now {config.top_p:g})"
+        )

@@ -143,6 +143,8 @@ def _trained(stage: Stage, tuning: Tuning, rows: Rows, default_rate: float) -> T
         description="warm-up",
         unit="prompts",
         advice="lower warmup.learning_rate",
+        max_skipped=config.runtime.max_skipped,
+        diagnosis=stage.directory / "diagnosis.json",
         log_every=warmup.log_every,
         save_every=warmup.save_every,
         place=tuning.place,

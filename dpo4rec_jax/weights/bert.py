@@ -58,8 +58,10 @@ def parse_config(values: Mapping[str, Any], source: str, dtype: str = "float32")
     sizes = {}
     for ours, theirs in SIZES.items():
         sizes[ours] = values.get(theirs)
-        if not isinstance(sizes[ours], int):
-            raise InputError(f"{source}: {theirs}: expected a whole number, got {sizes[ours]!r}")
+        if not isinstance(sizes[ours], int) or sizes[ours] < 1:
+            raise InputError(
+                f"{source}: {theirs}: expected a whole number from 1, got {sizes[ours]!r:.80}"
+            )
     return BertConfig(
         **sizes,
         token_types=values.get("type_vocab_size", 2),

@@ -31,8 +31,9 @@ def save_policy(policy: Policy, directory: str | Path, shard_bytes: int = SHARD_
             f"{directory}: expected an empty or new directory, or an earlier export to replace; "
             "name another one"
         )
-    partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (directory.with_name(f"{directory.name}.{end}") for end in ("partial", "old"))
+    for left in (partial, old):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     policy.tokenizer.save_pretrained(partial)
     dtype = policy.config.param_dtype
@@ -45,8 +46,10 @@ def save_policy(policy: Policy, directory: str | Path, shard_bytes: int = SHARD_
         partial / "generation_config.json", {**policy.generation_config, "eos_token_id": stops}
     )
     _write_weights(policy, partial, shard_bytes)
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        directory.replace(old)
     partial.replace(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

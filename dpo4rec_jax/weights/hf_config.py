@@ -6,13 +6,14 @@ would silently compute differently stops the load by its name.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models.llama import LlamaConfig, RopeScaling
+from dpo4rec_jax.workspace import parse_json
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -41,12 +42,13 @@ _REQUIRED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     "num_attention_heads",
 )
+_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint directory; InputError where it is missing or is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"{path}: not there; expected a Hugging Face directory with {path.name}"
@@ -70,9 +72,7 @@ def parse_config(
     if family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(f"{source}: model_type: expected one of {known}, got {family!r}")
-    for key in _REQUIRED:
-        if not isinstance(values.get(key), int):
-            raise InputError(f"{source}: {key}: expected a whole number, got {values.get(key)!r}")
+    _check_types(values, source)
     _refuse_unknown(values, source)
     width, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = values.get("head_dim") or (128 if family == "qwen3" else width // heads)
@@ -100,10 +100,34 @@ def parse_config(
         output_bias=all_biased,
         qk_norm=family == "qwen3",
         sliding_window=_sliding_window(values, family, source),
-        max_position=int(values.get("max_position_embeddings", LlamaConfig.max_position)),
+        max_position=values.get("max_position_embeddings") or LlamaConfig.max_position,
         dtype="bfloat16" if dtype == "bfloat16" else "float32",
         param_dtype="bfloat16" if param_dtype == "bfloat16" else "float32",
     )
+
+
+def _check_types(values: Mapping[str, Any], source: str) -> None:
+    for key in (*_REQUIRED, *_SIZES):
+        size = values.get(key)
+        if size is None and key in _SIZES:
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise InputError(f"{source}: {key}: expected a whole number from 1, got {size!r:.80}")
+    _check_positive(values.get("rms_norm_eps", 1e-6), f"{source}: rms_norm_eps")
+    if not isinstance(values.get("max_window_layers", 0), int):
+        raise InputError(
+            f"{source}: max_window_layers: expected a whole number, got "
+            f"{values['max_window_layers']!r:.80}"
+        )
+    for key, kind in (("rope_scaling", dict), ("rope_parameters", dict), ("layer_types", list)):
+        if not isinstance(values.get(key), kind | None):
+            word = "an object" if kind is dict else "a list"
+            raise InputError(f"{source}: {key}: expected {word}, got {values[key]!r:.80}")
+
+
+def _check_positive(number: Any, where: str) -> None:
+    if not isinstance(number, int | float) or not 0 < number < math.inf:
+        raise InputError(f"{where}: expected a number above 0, got {number!r:.80}")
 
 
 def _refuse_unknown(values: Mapping[str, Any], source: str) -> None:
@@ -123,7 +147,9 @@ def _rope(values: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | 
     key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
     rope = values.get(key) or {}
     where = f"{source}: {key}"
-    theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    theta = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
+    _check_positive(theta, f"{source}: rope_theta")
+    theta = float(theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
     fraction = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if fraction not in (None, 1, 1.0):
@@ -136,11 +162,11 @@ def _rope(values: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | 
     if kind == "llama3":
         wanted += ["low_freq_factor", "high_freq_factor"]
     for name in wanted:
-        if not isinstance(rope.get(name), int | float):
-            raise InputError(f"{where}: {name}: expected a number, got {rope.get(name)!r}")
+        _check_positive(rope.get(name), f"{where}: {name}")
     if kind == "linear":
         return theta, RopeScaling("linear", float(rope["factor"]))
-    original = rope.get("original_max_position_embeddings") or values["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings") or values.get("max_position_embeddings")
+    _check_positive(original, f"{where}: original_max_position_embeddings")
     return theta, RopeScaling(
         kind="llama3",
         factor=float(rope["factor"]),

@@ -192,7 +192,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             for name, entry in header.items()
             if not _DERIVED.fullmatch(name)
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a safetensors file: its header is not one") from None

@@ -51,13 +51,14 @@ def save_members(path: Path, members: Members) -> None:
     flat = traverse_util.flatten_dict(members.params_R, sep="/")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
     about = {
-        "config": json.dumps(dataclasses.asdict(members.config)),
-        "seeds": str(members.seeds),
-        "folds": str(members.folds),
+        "config": dataclasses.asdict(members.config),
+        "seeds": members.seeds,
+        "folds": members.folds,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(arrays, temporary, metadata=about)
+    # One entry: safetensors writes several in an order of chance, and equal members in other bytes.
+    save_file(arrays, temporary, metadata={"members": json.dumps(about)})
     temporary.replace(path)
 
 
@@ -67,10 +68,9 @@ def load_members(path: Path) -> Members:
         raise InputError(f"{path}: missing; run stage rank")
     try:
         with safe_open(path, framework="numpy") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["members"])
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        values = json.loads(about["config"])
-        seeds, folds = int(about["seeds"]), int(about["folds"])
+        values, seeds, folds = about["config"], about["seeds"], about["folds"]
     except (KeyError, ValueError, OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a file of re-rankers ({error}); run stage rank") from None
     values["attribute_sizes"] = tuple(values["attribute_sizes"])

@@ -50,6 +50,8 @@ def stop_ids(tokenizer: Any, *configs: Mapping[str, Any]) -> tuple[int, ...]:
         eos = config.get("eos_token_id")
         if eos is not None:
             found += eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(token, int) for token in found):
+        raise InputError(f"eos_token_id: expected token ids, got {found!r:.80}")
     if tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
     found += _chat_end(tokenizer)

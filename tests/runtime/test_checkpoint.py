@@ -1,3 +1,5 @@
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,8 +56,21 @@ def test_another_runs_checkpoint_is_refused_with_its_path(tmp_path):
         checkpoints.save(1, state_of(1.0), {})
         checkpoints.wait()
         other = training.create({"v": jnp.ones(2)}, optax.adam(0.1), seed=7)
-        with pytest.raises(InputError, match=r"1: not a checkpoint of this run"):
+        with pytest.raises(InputError, match=r"1: damaged, or not a checkpoint of this run"):
             checkpoints.restore(1, like=other)
+
+
+def test_of_a_damaged_checkpoint_and_an_older_one_the_older_is_restored(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for number in (1, 2):
+            checkpoints.save(number, state_of(float(number)), {"at": number})
+        checkpoints.wait()
+        for path in (tmp_path / "2").rglob("*"):
+            if path.is_file() and path.stat().st_size:
+                os.truncate(path, path.stat().st_size // 2)
+        number, state, position = checkpoints.restore_newest(like=state_of(0.0))
+        assert (number, position) == (1, {"at": 1})
+        assert_equal(state, state_of(1.0))
 
 
 def test_nested_arrays_come_back_with_names_and_dtypes(tmp_path):

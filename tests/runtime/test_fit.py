@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo4rec_jax.runtime.fit import CAPACITY_STEP, Problem, Schedule, fit
+from dpo4rec_jax.runtime.fit import CAPACITY_STEP, Diverged, Problem, Schedule, fit
 
 EXAMPLES, WIDTH = 37, 3
 SCHEDULE = Schedule(epochs=4, batch=8, learning_rate=0.3, patience=10)
@@ -136,3 +136,45 @@ def test_the_same_key_gives_the_same_result_and_another_another():
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0
+
+
+def with_nan(data, examples):
+    """The targets of these examples are NaN."""
+    return {**data, "y": data["y"].at[jnp.asarray(examples)].set(jnp.nan)}
+
+
+def test_a_batch_with_nan_is_skipped_counted_and_changes_nothing():
+    """One step an epoch: the epochs of member 1, who draws the NaN, all leave it as it was."""
+    draws_RL = np.ones((2, EXAMPLES), bool)
+    draws_RL[0, 5] = False
+    whole = replace(SCHEDULE, batch=EXAMPLES)
+    data = with_nan(make_data(), [5])
+    fitted = fit(
+        Problem(squared_error, lambda params, data: params["w"].sum() * 0 - 1),
+        first_params(2), data, draws_RL, jax.random.key(0), whole, max_skipped=9,
+    )  # fmt: skip
+    np.testing.assert_array_equal(fitted.skipped_R, [0, SCHEDULE.epochs])
+    np.testing.assert_array_equal(fitted.params_R["w"][1], first_params(2)["w"][1])
+    assert np.isnan(fitted.loss_ER[:, 1]).all() and np.isfinite(fitted.loss_ER[:, 0]).all()
+    assert np.isfinite(np.asarray(fitted.params_R["w"])).all()
+
+
+def test_a_member_trains_on_around_the_batches_that_it_skips():
+    data = with_nan(make_data(), [5])
+    finite = Problem(squared_error, lambda params, data: -jnp.abs(params["w"] - 1.0).sum())
+    schedule = replace(SCHEDULE, epochs=12, patience=12)
+    fitted = run(np.ones((1, EXAMPLES), bool), finite, data, schedule)
+    assert fitted.skipped_R[0] == 12  # the batch that drew it, once an epoch
+    assert np.isfinite(fitted.loss_ER).all()
+    assert fitted.best_R[0] > -0.2
+
+
+def test_nan_in_a_row_raises_with_the_batches_and_the_best_so_far():
+    data = with_nan(make_data(), [5])
+    whole = replace(SCHEDULE, batch=EXAMPLES, epochs=9)
+    with pytest.raises(Diverged, match="in 3 steps in a row, up to step 0 of epoch 2") as caught:
+        run(np.ones((1, EXAMPLES), bool), LINEAR, data, whole, max_skipped=3)
+    batches = caught.value.batches
+    assert [(b["member"], b["epoch"], b["step"]) for b in batches] == [(0, e, 0) for e in range(3)]
+    assert sorted(batches[0]["examples"]) == list(range(EXAMPLES))
+    np.testing.assert_array_equal(caught.value.fitted.params_R["w"], first_params(1)["w"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from preference_pairs import (
@@ -17,7 +19,7 @@ from preference_pairs import (
     stop_after,
 )
 
-from dpo4rec_jax.config import InputError
+from dpo4rec_jax.config import AlignConfig, InputError, RuntimeConfig
 from dpo4rec_jax.runtime.checkpoint import load_arrays
 from dpo4rec_jax.runtime.progress import Stopped
 from dpo4rec_jax.stages import align
@@ -161,6 +163,82 @@ def test_run_that_diverges_stops_with_what_to_change(policy, tmp_path):
     )
     with pytest.raises(InputError, match=r"not finite in 5 steps in a row.*align\.learning_rate"):
         align.run(stage)
+
+
+def poisoned(monkeypatch, steps):
+    """The loss is NaN in these steps (counted from 1, of one microbatch each)."""
+    make = align.preference_loss
+
+    def preference_loss(tuning, config):
+        loss, taken = make(tuning, config), []
+
+        def with_nan(trainable, frozen, batch, key):
+            sums = loss(trainable, frozen, batch, key)
+            if key is None:  # held-out pairs
+                return sums
+            poison = jnp.isin(batch["index_B"][0], jnp.asarray(taken))
+            return sums._replace(loss=jnp.where(poison, jnp.nan, sums.loss))
+
+        original = align.shuffled
+
+        def shuffled(*arguments, **options):
+            microbatches = original(*arguments, **options)
+            taken.extend(microbatches[step - 1].rows[0] for step in steps)
+            return microbatches
+
+        monkeypatch.setattr(align, "shuffled", shuffled)
+        return with_nan
+
+    monkeypatch.setattr(align, "preference_loss", preference_loss)
+
+
+ONE_EPOCH = {"method": "full", "batch_pairs": 2, "epochs": 1}  # 19 pairs: 10 steps
+
+
+def test_a_step_of_nan_is_skipped_counted_and_said(policy, tmp_path, monkeypatch):
+    poisoned(monkeypatch, [2, 4, 5])
+    stage = align_stage(tmp_path, policy, PAIRS, align=ONE_EPOCH)
+    align.run(stage)
+    assert json.loads((stage.directory / "summary.json").read_text())["steps_skipped"] == 3
+    said = stage.progress.console.file.getvalue()
+    assert "3 of 10 steps skipped, their loss or gradient was not finite; lower align.learn" in said
+    for name, value in weights(stage).items():
+        assert np.isfinite(value).all(), name
+
+
+def test_nan_in_a_row_stops_with_the_batches_and_the_last_good_state(policy, tmp_path, monkeypatch):
+    poisoned(monkeypatch, [4, 5])
+    options = {"align": ONE_EPOCH, "runtime": {"max_skipped": 2}}
+    stage = align_stage(tmp_path / "stopped", policy, PAIRS, **options)
+    with pytest.raises(InputError, match=r"not finite in 2 steps in a row, up to step 5.*"):
+        align.run(stage)
+    diagnosis = json.loads((stage.directory / "diagnosis.json").read_text())
+    assert [skipped["step"] for skipped in diagnosis["skipped"]] == [4, 5]
+    rows = [skipped["rows"] for skipped in diagnosis["skipped"]]
+    assert [len(names) for names in rows] == [2, 2]
+    assert all(name.startswith("pairs.jsonl:") for names in rows for name in names)
+    assert diagnosis["skipped"][0]["loss"] == "nan"
+
+    further = dataclasses.replace(
+        stage, config=stage.config.model_copy(update={"runtime": RuntimeConfig(max_skipped=3)})
+    )
+    align.run(further)
+    whole = align_stage(tmp_path / "whole", policy, PAIRS, align=ONE_EPOCH)
+    align.run(whole)
+    for name, value in weights(whole).items():
+        np.testing.assert_array_equal(weights(further)[name], value, err_msg=name)
+
+
+def test_a_policy_that_drifts_or_diverges_is_doubted_with_the_knob():
+    before = {"loss": math.log(2), "rewards/chosen": 0.0}
+    config = AlignConfig(beta=0.01)
+    assert not list(align.doubts(before, before, config))
+    assert not list(align.doubts({}, {}, config))
+    (worse,) = align.doubts(before, before | {"loss": 0.8}, config)
+    assert worse.startswith("the loss of held-out pairs rose from 0.693 to 0.800")
+    assert "align.learning_rate (now 1e-05)" in worse
+    (drift,) = align.doubts(before, {"loss": 0.6, "rewards/chosen": -1.5}, config)
+    assert "less likely by 150 nats" in drift and "align.beta" in drift
 
 
 @pytest.mark.parametrize(

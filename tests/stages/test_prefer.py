@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -200,8 +201,23 @@ def test_random_pairs_do_not_follow_the_reward():
     assert 60 < sum(chosen == 1 for _, chosen, _ in pairs) < 140
 
 
-def test_no_pair_at_all_names_the_knobs():
+def test_no_pair_at_all_names_the_knob():
     workspace, _ = world.ranked()
     stage = world.make_stage(workspace, "prefer", 0, prefer=world.PREFER | {"min_gap": 10.0})
-    with pytest.raises(InputError, match=r"reason\.samples.*min_gap"):
+    with pytest.raises(InputError, match=r"within min_gap\); lower prefer\.min_gap \(now 10\)"):
+        prefer.run(stage)
+    options = world.PREFER | {"max_length_gap": 1}
+    stage = world.make_stage(workspace, "prefer", 0, prefer=options | {"choice": "random"})
+    assert prefer._knob("of too different length", stage.config) == (
+        "raise prefer.max_length_gap (now 1)"
+    )
+    assert prefer._knob(prefer.FEW_TEXTS, stage.config) == "raise reason.samples (now 10)"
+
+
+def test_texts_that_are_all_equal_name_temperature(monkeypatch):
+    workspace, prepared = world.ranked()
+    same = [replace(record, text="the same") for record in world.make_records(prepared)]
+    monkeypatch.setattr(prefer, "read_records", lambda path: same)
+    stage = world.make_stage(workspace, "prefer", 0)
+    with pytest.raises(InputError, match=r"equal texts\); raise reason\.temperature \(now 1\)"):
         prefer.run(stage)

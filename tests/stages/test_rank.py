@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import jax
@@ -23,7 +25,7 @@ from dpo4rec_jax.stages.arms import (
     shuffled_users,
 )
 from dpo4rec_jax.stages.fitting import fit_arm
-from dpo4rec_jax.weights.reranker import load_members
+from dpo4rec_jax.weights.reranker import load_members, save_members
 from dpo4rec_jax.workspace import Workspace, write_npz
 
 SETTINGS = RankConfig.model_validate(world.RANK)
@@ -48,6 +50,14 @@ def test_every_arm_leaves_its_members_seeds_first_then_folds():
         assert np.argmax(curves[:, 0]) == summary["best_epoch"][0]
     loss = np.array(summary["loss_by_epoch"])
     assert (loss[-1] < loss[0]).all()
+
+
+def test_equal_members_are_equal_bytes(tmp_path):
+    workspace, _ = world.ranked()
+    path = workspace.stage_dir("rank", 0) / "kar.safetensors"
+    for _ in range(4):
+        save_members(tmp_path / "again.safetensors", load_members(path))
+        assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
 def test_members_of_other_seeds_differ():
@@ -90,15 +100,18 @@ def test_shuffled_users_keep_their_split_and_never_themselves():
     assert (prepared.split_U[other_U] == prepared.split_U).all()
 
 
-def test_an_arm_that_an_interrupted_run_left_is_kept(tmp_path):
-    prepared = world.make_prepared()
-    workspace = world.make_workspace(tmp_path, prepared)
-    stage = world.make_stage(workspace, "rank", 0)
-    for arm in ("backbone", "kar"):
-        (stage.directory / f"{arm}.json").write_text("{}")
+def test_of_the_arms_that_an_interrupted_run_left_the_whole_ones_are_kept(tmp_path):
+    finished, prepared = world.ranked()
+    stage = world.make_stage(world.make_workspace(tmp_path, prepared), "rank", 0)
+    source = finished.stage_dir("rank", 0)
+    for path in source.iterdir():
+        shutil.copy(path, stage.directory)
+    os.truncate(stage.directory / "backbone.safetensors", 2000)
+    (stage.directory / "kar.json").write_text("{}")
     rank.run(stage)
-    assert not (stage.directory / "kar.safetensors").exists()
-    assert (stage.directory / "fold.npz").exists()
+    assert (stage.directory / "kar.json").read_text() == "{}"
+    trained, expected = (path / "backbone.safetensors" for path in (stage.directory, source))
+    assert trained.read_bytes() == expected.read_bytes()
 
 
 def test_best_shows_training_users_by_the_text_that_the_last_round_preferred(tmp_path):
@@ -148,3 +161,22 @@ def test_more_folds_than_training_users_names_the_knob():
     prepared = world.make_prepared()
     with pytest.raises(InputError, match=r"prefer\.folds"):
         folds_of(prepared, 1000, seed=0)
+
+
+def test_a_rate_that_diverges_stops_with_the_lists_and_the_knob(tmp_path):
+    prepared = world.make_prepared()
+    stage = world.make_stage(
+        world.make_workspace(tmp_path, prepared),
+        "rank",
+        0,
+        rank=world.RANK | {"learning_rate": 1e30, "backbone": "dlcm"},
+    )
+    says = (
+        r"rank: \S+: loss or gradient not finite in 5 steps in a row.*rank\.learning_rate \(now 1e"
+    )
+    with pytest.raises(InputError, match=says):
+        rank.run(stage)
+    diagnosis = json.loads(next(stage.directory.glob("*-diagnosis.json")).read_text())
+    assert len(diagnosis["skipped"]) == 5
+    lists = diagnosis["skipped"][0]["lists"]
+    assert lists and max(lists) < len(prepared.user_L)

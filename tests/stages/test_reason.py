@@ -20,7 +20,14 @@ import pytest
 from rich.console import Console
 
 from dpo4rec_jax import data
-from dpo4rec_jax.config import Config, DataConfig, InputError, PolicyConfig, SyntheticConfig
+from dpo4rec_jax.config import (
+    Config,
+    DataConfig,
+    InputError,
+    PolicyConfig,
+    ReasonConfig,
+    SyntheticConfig,
+)
 from dpo4rec_jax.data.texts import read_records
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress, Stopped
 from dpo4rec_jax.stages import reason
@@ -174,6 +181,23 @@ def test_item_texts_can_be_their_metadata(prepared, policy_dir, tmp_path) -> Non
     reason.run(stage)
     items = read_records(stage.directory / "items.jsonl")
     assert [record.text for record in items] == [item["text"] for item in prepared.items]
+
+
+def test_without_reasoning_a_user_has_one_empty_text_and_no_policy_is_loaded(
+    prepared, tmp_path
+) -> None:
+    settings = {"user_texts": "history", "item_texts": "metadata"}
+    stage = make_stage(tmp_path / "run", prepared, reason=settings, rounds=0, policy={"path": "no"})
+    reason.run(stage)
+    users = read_records(stage.directory / "users.jsonl")
+    assert [(record.id, record.text) for record in users] == [(id, "") for id in prepared.user_id]
+
+
+def test_without_reasoning_there_is_nothing_to_align(prepared, tmp_path) -> None:
+    settings = {"user_texts": "history", "item_texts": "metadata"}
+    stage = make_stage(tmp_path / "run", prepared, reason=settings, rounds=1)
+    with pytest.raises(InputError, match="reason.user_texts: history .* rounds is 1; set"):
+        reason.run(stage)
 
 
 def test_texts_of_a_file_take_the_place_of_sampling(prepared, tmp_path) -> None:
@@ -355,3 +379,13 @@ def test_an_endpoints_texts_are_resumed_and_the_key_is_nowhere_on_disk(
     assert sorted([*answered, *seen[: len(users) - 25]]) == everyone
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or key.encode() not in path.read_bytes()
+
+
+def test_texts_cut_off_or_all_equal_are_said_with_the_knob():
+    config = ReasonConfig(max_new_tokens=24, temperature=0.5)
+    assert not list(reason.doubts({"stopped_share": 0.9, "distinct_share": 1.0}, config))
+    (cut,) = reason.doubts({"stopped_share": 0.0}, config)
+    assert cut == "all of the texts are cut off at reason.max_new_tokens = 24; raise it"
+    (equal,) = reason.doubts({"stopped_share": 1.0, "distinct_share": 0.125}, config)
+    assert "only 12% of a user's texts are distinct" in equal
+    assert "raise reason.temperature (now 0.5)" in equal
