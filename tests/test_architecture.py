@@ -18,6 +18,7 @@ ALLOWED = {
     "weights": {"data", "models", "objectives", "runtime"},
     "sampling": {"weights", "data", "models", "objectives", "runtime"},
     "stages": {"sampling", "weights", "data", "models", "objectives", "runtime"},
+    "rehearsal": {"stages", "sampling", "weights", "data", "models", "objectives", "runtime"},
 }
 
 
