@@ -10,12 +10,16 @@ over the logits where a sort is some hundred.
 
 from __future__ import annotations
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-BLOCK = 128  # tokens a block; 384 blocks for a vocabulary of 49,152
+BLOCK = 128  # tokens a block, at the most; 384 blocks for a vocabulary of 49,152
+SMALLEST_BLOCK = 32
+MOST_PARTS = 8  # of a vocabulary that is split over devices
 
 
 @flax.struct.dataclass
@@ -55,7 +59,7 @@ def token_logps(logits_BV: Float[Array, "B V"], token_B: Int[Array, " B"]) -> Fl
 
 def _sample(logits_BV: Array, key_B: Array, settings: Settings) -> Array:
     B, V = logits_BV.shape
-    padding = -V % BLOCK
+    padding = -V % block_tokens(V)
     score_BV = logits_BV / settings.temperature
     if padding:
         score_BV = jnp.pad(score_BV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
@@ -88,6 +92,20 @@ def _sample(logits_BV: Array, key_B: Array, settings: Settings) -> Array:
     return jax.lax.while_loop(unfinished, attempt, start)[2]
 
 
+def block_tokens(vocabulary: int) -> int:
+    """Tokens of a block, such that no block lies on two devices where the vocabulary is split.
+
+    Of Llama 3's 128,256 a quarter is 250.5 blocks of 128: two devices would exchange their logits
+    for every token. Vocabularies that do not divide are not split, and get padding instead.
+    """
+    parts = MOST_PARTS
+    while parts:
+        if vocabulary % (parts * SMALLEST_BLOCK) == 0:
+            return math.gcd(vocabulary // parts, BLOCK)
+        parts //= 2
+    return BLOCK
+
+
 def _mass_above(score_BV: Array, weight_BV: Array, bound_B: Array) -> Array:
     above_BV = score_BV > jnp.broadcast_to(bound_B[:, None], score_BV.shape)
     return jnp.where(above_BV, weight_BV, 0.0).sum(axis=-1)
@@ -98,10 +116,11 @@ def _inverse_transform(score_BV: Array, weight_BV: Array, above_B: Array, key_B:
     B, V = score_BV.shape
     uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(key_B)
     kept_BV = score_BV > jnp.broadcast_to(above_B[:, None], score_BV.shape)
-    kept_weight_BV = jnp.where(kept_BV, weight_BV, 0.0).reshape(B, V // BLOCK, BLOCK)
+    block = block_tokens(V)
+    kept_weight_BV = jnp.where(kept_BV, weight_BV, 0.0).reshape(B, V // block, block)
     block_B = _first_beyond(kept_weight_BV.sum(axis=-1), uniform_B2[:, 0])
     inside_B = jnp.take_along_axis(kept_weight_BV, block_B[:, None, None], axis=1)[:, 0]
-    return block_B * BLOCK + _first_beyond(inside_B, uniform_B2[:, 1])
+    return block_B * block + _first_beyond(inside_B, uniform_B2[:, 1])
 
 
 def _first_beyond(weight_BN: Array, uniform_B: Array) -> Array:

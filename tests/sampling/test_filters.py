@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo4rec_jax.sampling.filters import Settings, draw, token_logps
+from dpo4rec_jax.sampling.filters import Settings, block_tokens, draw, token_logps
 
 DRAWS = 20_000
 draw_jitted = jax.jit(draw)
@@ -97,3 +97,12 @@ def test_log_probabilities_are_of_the_unfiltered_softmax() -> None:
     np.testing.assert_allclose(
         token_logps(jnp.asarray(logits_BV), token_B), expected_B[np.arange(3), token_B], atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "parts", "block"),
+    [(49_152, 8, 128), (128_256, 8, 32), (151_936, 4, 32), (32_000, 8, 32), (300, 1, 128)],
+)
+def test_no_block_lies_on_two_devices(vocabulary: int, parts: int, block: int) -> None:
+    assert block_tokens(vocabulary) == block
+    assert parts == 1 or vocabulary // parts % block == 0
