@@ -40,6 +40,7 @@ def run(stage: Stage) -> None:
         save_members(stage.directory / f"{arm.name}.safetensors", members)
         write_json(stage.directory / f"{arm.name}.json", _summary(members, fitted))
 
+    backbone_of(config.rank.backbone)  # imported before the threads would import it together
     # On CPU one arm compiles (on one core) while another trains.
     with ThreadPoolExecutor(max(1, len(waiting)) if jax.default_backend() == "cpu" else 1) as pool:
         list(pool.map(train, waiting))
