@@ -329,7 +329,7 @@ def _log_quality(stage: Stage, records: Sequence[TextRecord]) -> None:
         stage.progress.say(f"  {doubt}")
 
 
-def doubts(numbers: Mapping[str, float], config: ReasonConfig) -> Iterator[str]:
+def doubts(numbers: Mapping[str, float | int], config: ReasonConfig) -> Iterator[str]:
     """What a look at the texts says against them, each with the knob to turn."""
     cut = 1.0 - numbers["stopped_share"]
     if cut > 0.5:
