@@ -12,6 +12,7 @@ import numpy as np
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
+from dpo4rec_jax.models.backbones import backbone_of
 from dpo4rec_jax.runtime.checkpoint import save_arrays
 from dpo4rec_jax.runtime.fit import Diverged, Fitted
 from dpo4rec_jax.stages.arms import Arm, arms_of, folds_of, knowledge_of, lists_of
