@@ -36,6 +36,21 @@ def test_sampling_figures_are_printed_and_written(config_path, tmp_path, capsys)
     assert sum(parts.values()) == pytest.approx(sampling["decode"]["step_seconds"])
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_dpo_figures_agree_with_each_other(config_path, tmp_path, method) -> None:
+    output = tmp_path / "figures.json"
+    sizes = ["align.batch_pairs=4", "align.microbatch_pairs=2", f"align.method={method}"]
+    arguments = ["--config", config_path, "--what", "dpo", "--output", str(output)]
+    assert benchmark.main(arguments + [f"--set={size}" for size in sizes]) == 0
+    dpo = json.loads(output.read_text(encoding="utf-8"))["dpo"]
+    assert dpo["pairs_per_second"] == pytest.approx(4 / dpo["step_seconds"])
+    row = dpo["prompt_tokens"] + 2 * dpo["completion_tokens"]
+    assert dpo["tokens_per_second"] == pytest.approx(row * dpo["pairs_per_second"])
+    assert dpo["step_seconds"] > 2 * dpo["microbatch_seconds"]
+    assert 0 < dpo["mfu"] < 1
+    assert dpo["peak_bytes"] > 0 and dpo["bytes_moved_a_step"] > 0
+
+
 def test_an_unknown_part_is_one_line_and_status_2(config_path, capsys) -> None:
     assert benchmark.main(["--config", config_path, "--what", "smapling"]) == 2
     error = capsys.readouterr().err

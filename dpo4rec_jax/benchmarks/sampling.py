@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from dpo4rec_jax.benchmarks.machine import Machine, seconds
+from dpo4rec_jax.benchmarks.policies import policy_of
 from dpo4rec_jax.config import Config
 from dpo4rec_jax.models import llama
 from dpo4rec_jax.models.llama import LlamaConfig
@@ -24,14 +25,14 @@ from dpo4rec_jax.sampling import Figures, Layout, filters, plan_layout, steps, s
 from dpo4rec_jax.sampling.cache import Decode
 from dpo4rec_jax.sampling.layout import bytes_token
 from dpo4rec_jax.sampling.schedule import Schedule
-from dpo4rec_jax.weights import Policy, load_policy, tiny
+from dpo4rec_jax.weights import Policy
 
 PROMPT_TOKENS = 520  # an ML-1M prompt with a window of 30
 STEPS = 8  # of a timed decode call
 
 
 def measure(config: Config, machine: Machine) -> dict[str, Any]:
-    policy = _policy(config)
+    policy = policy_of(config)
     length = min(PROMPT_TOKENS, config.policy.max_prompt_tokens)
     rows = config.reason.slots or 32
     num_prompts = max(2 * rows // config.reason.samples, 1)
@@ -49,20 +50,6 @@ def measure(config: Config, machine: Machine) -> dict[str, Any]:
         "decode": _decode(policy, layout, machine, config),
         "job": _job(policy, layout, config, length, num_prompts),
     }
-
-
-def _policy(config: Config) -> Policy:
-    settings = config.policy
-    if settings.path == "tiny":
-        words = [f"word{index}" for index in range(1000)]
-        return tiny.make_tiny(settings, words, jax.random.key(config.seed))
-    return load_policy(
-        settings.path,
-        dtype=settings.dtype,
-        param_dtype=settings.param_dtype,
-        tokenizer=settings.tokenizer,
-        cache_dir=config.runtime.cache_dir,
-    )
 
 
 def _prefill(policy: Policy, layout: Layout, machine: Machine) -> dict[str, Any]:

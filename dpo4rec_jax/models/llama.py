@@ -148,11 +148,15 @@ def _dot(precision: jax.lax.PrecisionLike, x_xD: Array, kernel_DO: Array) -> Arr
     return jnp.dot(x_xD, kernel_DO, precision=precision)
 
 
-def _dot_forward(precision: jax.lax.PrecisionLike, x_xD: Array, kernel_DO: Array) -> tuple[Array, Any]:
+def _dot_forward(
+    precision: jax.lax.PrecisionLike, x_xD: Array, kernel_DO: Array
+) -> tuple[Array, Any]:
     return _dot(precision, x_xD, kernel_DO), (x_xD, kernel_DO)
 
 
-def _dot_backward(precision: jax.lax.PrecisionLike, kept: tuple[Array, Array], by_y_xO: Array) -> Any:
+def _dot_backward(
+    precision: jax.lax.PrecisionLike, kept: tuple[Array, Array], by_y_xO: Array
+) -> Any:
     x_xD, kernel_DO = kept
     by_x_xD = jnp.einsum("...o,do->...d", by_y_xO, kernel_DO, precision=precision)
     if kernel_DO.shape[0] <= kernel_DO.shape[1]:
