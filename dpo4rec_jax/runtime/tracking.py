@@ -42,7 +42,7 @@ def tracking(config: Config, workspace: Path) -> Iterator[Tracker | None]:
     Raises InputError where the package is not installed or does not let us in.
     """
     project = config.runtime.wandb
-    if project is None:
+    if project is None or not _is_first_process():
         yield None
         return
     try:
@@ -73,6 +73,12 @@ def tracking(config: Config, workspace: Path) -> Iterator[Tracker | None]:
         status = 0
     finally:
         wandb.finish(exit_code=status)
+
+
+def _is_first_process() -> bool:
+    import jax  # late: a command that only prints its help does not wait for it
+
+    return jax.process_index() == 0
 
 
 def _run_id(path: Path) -> str:
