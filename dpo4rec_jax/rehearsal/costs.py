@@ -42,6 +42,7 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     origin: str
     times: float
+    channel: str = ""  # TPUs carry one collective through several fusions, under one channel
 
     @property
     def group_size(self) -> int:
@@ -84,6 +85,8 @@ class _Walk:
         computation = self._module.computations[name]
         for instruction in computation.instructions.values():
             self._count(total, computation, instruction, times, in_memory)
+        named = {each.channel or str(i): each for i, each in enumerate(total.collectives)}
+        total.collectives = list(named.values())
         return total
 
     def _count(
@@ -146,6 +149,9 @@ class _Walk:
             return 2 * _bytes(instruction.arrays)
         if instruction.opcode in ("dynamic-update-slice", "scatter"):
             return 2 * _bytes(operands[-1 if instruction.opcode == "scatter" else 1].arrays)
+        if instruction.opcode == "slice-start":
+            result = instruction.arrays[1]
+            return result.bytes * (1 if result.near else 2)
         if instruction.opcode == "copy-start":
             source, target = instruction.arrays[1], instruction.arrays[0]
             return math.fsum(array.bytes for array in (source, target) if not array.near)
@@ -170,6 +176,8 @@ class _Walk:
                 used += math.fsum(array.bytes for array in user.arrays)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
                 continue  # updated in place
+            elif user.opcode in (*COLLECTIVES, "custom-call", "tuple"):
+                continue  # handed on, of a collective that runs meanwhile
             elif user.opcode == "fusion" and (inner := user.attribute("calls")):
                 positions = [i for i, name in enumerate(user.operands) if name == value.name]
                 used += math.fsum(self._read(inner, position) for position in positions)
@@ -192,6 +200,8 @@ class _Walk:
     def _bytes_of_result(self, computation: Computation, part: Instruction) -> float:
         while part.opcode == "bitcast":
             part = computation.instructions[part.operands[0]]
+        if part.opcode in (*COLLECTIVES, "custom-call", "parameter"):
+            return 0.0
         if part.opcode == "dynamic-update-slice":
             return math.fsum(a.bytes for a in computation.instructions[part.operands[1]].arrays)
         if part.opcode == "fusion" and (inner := part.attribute("calls")):
@@ -298,7 +308,10 @@ def _collective(computation: Computation, instruction: Instruction, times: float
     size = math.fsum(array.bytes for array in arrays)
     if kind == "all-gather":
         size *= max(map(len, groups), default=1)
-    return Collective(kind, tuple(map(str, arrays)), size, groups, instruction.origin, times)
+    found = re.search(r"channel_id=(\d+)", instruction.attributes)
+    channel = f"channel {found.group(1)}" if found else ""
+    names = tuple(map(str, arrays))
+    return Collective(kind, names, size, groups, instruction.origin, times, channel)
 
 
 def _flops_declared(instruction: Instruction) -> float:

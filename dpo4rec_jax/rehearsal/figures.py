@@ -25,6 +25,7 @@ MOST_COMPILATIONS = 6  # of a search for the largest batch, the first one includ
 _TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory|exceeds the limit")
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _ALLOCATION = re.compile(r"Size: ([\d.]+[KMG])\s.*?Shape: (\S+)", re.DOTALL)
+KERNEL = "tpu_custom_call"  # a Pallas kernel, whose work HLO does not show
 _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -137,12 +138,20 @@ def rehearse(program: Program, machine: Machine) -> Figures:
             raise
         return _too_large(program, str(error), time.perf_counter() - began)
     seconds_compiling = time.perf_counter() - began
-    module = hlo.parse(compiled.as_text() or "")
-    found = costs.costs_of(module)
     memory = _memory(compiled, program.beside)
+    return read(program, machine, compiled.as_text() or "", memory, seconds_compiling)
+
+
+def read(
+    program: Program, machine: Machine, text: str, memory: Memory, seconds_compiling: float
+) -> Figures:
+    """What the HLO text of a compiled program says of it."""
+    module = hlo.parse(text)
+    found = costs.costs_of(module)
     moved = _collectives(found, program, machine)
-    model_flops = program.model_flops / program.mesh.size
-    seconds_by = _seconds(found, model_flops, moved, machine)
+    flops = found.flops
+    if KERNEL in found.kernels:
+        flops += program.kernel_flops / program.mesh.size
     figures = Figures(
         name=program.name,
         calls=program.calls,
@@ -152,16 +161,16 @@ def rehearse(program: Program, machine: Machine) -> Figures:
         largest=_largest(memory, module),
         memory=memory,
         seconds_compiling=seconds_compiling,
-        flops=found.flops,
-        model_flops=model_flops,
+        flops=flops,
+        model_flops=program.model_flops / program.mesh.size,
         bytes_moved=found.bytes,
         collectives=moved,
-        seconds_by=seconds_by,
+        seconds_by=_seconds(flops, found.bytes, moved, machine),
         loops_counted_once=tuple(sorted(found.unknown)),
     )
-    if machine.chip.flops is None or not figures.seconds or not model_flops:
+    if machine.chip.flops is None or not figures.seconds or not program.model_flops:
         return figures
-    mfu = model_flops / figures.seconds / machine.chip.flops
+    mfu = figures.model_flops / figures.seconds / machine.chip.flops
     return dataclasses.replace(figures, mfu=mfu)
 
 
@@ -247,15 +256,14 @@ def _seconds_of(collective: costs.Collective, devices: list[Any], machine: Machi
 
 
 def _seconds(
-    done: costs.Costs, model_flops: float, moved: tuple[Moved, ...], machine: Machine
+    flops: float, bytes_moved: float, moved: tuple[Moved, ...], machine: Machine
 ) -> dict[str, float]:
     chip = machine.chip
     if chip.flops is None or chip.hbm_bandwidth is None:
         return {}
-    # A kernel that does not say what it computes still computes what the method needs.
     return {
-        "compute": max(done.flops, model_flops) / chip.flops,
-        "HBM": done.bytes / chip.hbm_bandwidth,
+        "compute": flops / chip.flops,
+        "HBM": bytes_moved / chip.hbm_bandwidth,
         "interconnect": math.fsum(each.seconds or 0.0 for each in moved),
     }
 

@@ -45,7 +45,8 @@ class Program:
 
     `units` of `unit` are taken in by one call on all devices of the mesh, which runs `calls` times
     a step; `model_flops` is what the method needs for a call, recomputation left out, on all
-    devices; `beside` are bytes a device that lie in memory meanwhile and are no argument of it.
+    devices; `kernel_flops` what kernels compute that HLO does not show; `beside` are bytes a device
+    that lie in memory meanwhile and are no argument of it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Program:
     model_flops: float
     calls: int = 1
     beside: float = 0.0
+    kernel_flops: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,9 @@ def alignment(
     frozen = None if lora_config is None else params
     batch = _batch_of_pairs(config, mesh, size)
     needed = theory.flops_of_pairs(architecture, _longest(config), size, full=lora_config is None)
+    attention = size * theory.flops_of_attention_kernels(
+        architecture, _longest(config), remat=settings.remat != "none"
+    )
     functions = Programs(align.preference_loss(tuning, settings), optimizer, schedule).functions(
         accumulating=microbatches > 1
     )
@@ -136,6 +141,7 @@ def alignment(
                 model_flops=needed if takes_in else 0.0,
                 calls=microbatches if takes_in else 1,
                 beside=0.0 if takes_in else bytes_a_device(frozen),
+                kernel_flops=attention if takes_in else 0.0,
             )
         )
     return Part(tuple(programs), "align.microbatch_pairs", size, tuning.row_multiple, 4096)
@@ -212,6 +218,8 @@ def sampling(
     state = jax.eval_shape(functools.partial(steps.empty, architecture, layout, None))
     prefix, suffix, rows = abstract(state, where.of if where else lambda _: alone)
     on_host = functools.partial(abstract, sharding_of=lambda _: None)
+    # The sampler splits the stacks into layers, and the stage still holds the stacks.
+    stacks = abstract(shapes(architecture), shardings(shapes(architecture), mesh))["layers"]
 
     programs = []
     for chunk, jobs in layout.chunks:
@@ -232,7 +240,7 @@ def sampling(
                 model_flops=theory.flops_of_prefill(
                     architecture, layout.prompt_tokens, chunk, layout.shards * jobs
                 ),
-                beside=bytes_a_device((suffix, rows)),
+                beside=bytes_a_device((suffix, rows, stacks)),
             )
         )
     turn = on_host(steps.idle_turn(Schedule(layout, [layout.prompt_tokens], [1])))
@@ -251,6 +259,7 @@ def sampling(
                 architecture, layout.prompt_tokens + layout.new_tokens // 2
             )
             * texts,
+            beside=bytes_a_device(stacks),
         )
     )
     most = 4 * 256 if config.reason.slots is None else layout.rows

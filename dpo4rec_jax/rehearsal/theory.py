@@ -27,11 +27,22 @@ def flops_of_pairs(architecture: LlamaConfig, shape: Shape, pairs: int, *, full:
     tokens = prompt + 2 * completion
     dense = 2.0 * projection_parameters(architecture) * tokens
     logits = 2.0 * architecture.width * architecture.vocab_size * 2 * completion
-    own = completion * (completion + 1) / 2
-    seen = prompt * (prompt + 1) / 2 + 2 * (own + prompt * completion)
     # Attention has no weights: its backward pass is two forward ones, always.
     passes = 3 if full else 2
-    return pairs * (passes * (dense + logits) + 3 * flops_of_attention(architecture, seen))
+    return pairs * (passes * (dense + logits) + 3 * flops_of_attention(architecture, _seen(shape)))
+
+
+def _seen(shape: Shape) -> float:
+    """Pairs of a query and a key that it sees, in a row [prompt | chosen | rejected]."""
+    prompt, completion = shape
+    own = completion * (completion + 1) / 2
+    return prompt * (prompt + 1) / 2 + 2 * (own + prompt * completion)
+
+
+def flops_of_attention_kernels(architecture: LlamaConfig, shape: Shape, *, remat: bool) -> float:
+    """Of one row, done by a kernel: forward, again where the layer is recomputed, and backward,
+    which recomputes the scores in each of its two kernels (seven products against two)."""
+    return (1 + remat + 3.5) * flops_of_attention(architecture, _seen(shape))
 
 
 def flops_of_prefill(
