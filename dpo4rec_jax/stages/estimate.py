@@ -17,11 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo4rec_jax.config import Config
+from dpo4rec_jax.config import Config, InputError
 from dpo4rec_jax.data import TRAIN, Prepared, Prompt, build, synthetic
 from dpo4rec_jax.data.texts import iterate_records
 from dpo4rec_jax.models.llama import LlamaConfig
+from dpo4rec_jax.runtime.mesh import make_mesh
 from dpo4rec_jax.sampling.layout import bytes_token, plan_layout
+from dpo4rec_jax.stages.placement import table
 from dpo4rec_jax.stages.plan import Step, has_policy, has_warmup
 from dpo4rec_jax.weights import outline
 from dpo4rec_jax.weights.policy import chat_ids, shapes
@@ -87,7 +89,8 @@ def describe(config: Config, workspace: Workspace, steps: Sequence[Step]) -> str
     lines += ["", "tokens", *_token_lines(config, found)]
     devices = jax.devices()
     lines += ["", f"memory, before it is split over {len(devices)} x {devices[0].device_kind}"]
-    return "\n".join([*lines, *_memory_lines(config, found)])
+    lines += _memory_lines(config, found)
+    return "\n".join([*lines, "", *_sharding_lines(config, workspace)])
 
 
 def estimate(config: Config, workspace: Workspace, prepared: Prepared) -> Estimate:
@@ -242,6 +245,15 @@ def _memory_lines(config: Config, found: Estimate) -> list[str]:
             f"moments of {moves})"
         )
     return [*lines, "  activations beside these: python -m dpo4rec_jax.rehearse"]
+
+
+def _sharding_lines(config: Config, workspace: Workspace) -> list[str]:
+    try:
+        mesh = make_mesh(config.runtime.mesh)
+    except InputError as error:  # a pod's config looked at from a laptop
+        return [f"sharding: not on the devices here ({error})"]
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return [f"sharding on {sizes}", *table(_outline(config, workspace)[0], config.align, mesh)]
 
 
 def _size(count: int) -> str:
