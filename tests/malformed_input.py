@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ LEFT_UNFINISHED = re.compile(r"partial\.json|(users|items)\.part\d+\.jsonl")
 
 @dataclass(frozen=True)
 class Malformed:
-    """`make(directory)` writes the input and returns arguments of the command."""
+    """`make` prepares the input, in a directory as a rule, and returns arguments of the command."""
 
     name: str
-    make: Callable[[Path], Sequence[str]]
+    make: Callable[[Any], Sequence[str]]
     says: str  # a pattern that the line must match
-    env: dict[str, str] = field(default_factory=dict)
 
 
 def rows(*table: Malformed) -> Any:

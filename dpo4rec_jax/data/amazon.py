@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import re
 import warnings
 from collections.abc import Generator, Iterator
@@ -186,7 +187,8 @@ def _literal(line: bytes) -> Any:
         try:
             with warnings.catch_warnings(action="ignore"):
                 value = ast.literal_eval(text.decode().strip())
-            repr(value).encode()  # as json.dumps would: half a surrogate pair cannot be kept
+            if b"\\ud" in text.lower():  # half a surrogate pair cannot be kept
+                json.dumps(value, ensure_ascii=False, default=str).encode()
             return value
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             continue

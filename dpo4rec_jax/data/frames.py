@@ -17,6 +17,7 @@ PARQUET = (".parquet", ".pq")
 ENDINGS = (".csv", ".tsv", *PARQUET)
 # Damaged Parquet makes polars panic, which is no Exception of Python's.
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+NO_PARQUET = "not a readable Parquet file"
 SEPARATORS = ("\t", ";", ",")
 
 
@@ -45,7 +46,7 @@ def open_table(files: Files, name: str) -> Table:
             header, separator = list(pl.read_parquet_schema(io.BytesIO(data))), None
         except UNREADABLE as error:
             fault = str(error).splitlines()[0]
-            raise InputError(f"{where}: not a readable Parquet file: {fault}") from None
+            raise InputError(f"{where}: {NO_PARQUET}: {fault}; get it again") from None
     else:
         try:
             first = data.partition(b"\n")[0].decode("utf-8-sig")
@@ -102,7 +103,7 @@ def _as_text(column: pl.Series) -> pl.Series:
 def _diagnosed(table: Table, otherwise: str) -> InputError:
     """Goes through the lines one by one, slowly, for the first that is malformed."""
     if table.separator is None:
-        return InputError(f"{table.where}: {otherwise}")
+        return InputError(f"{table.where}: {NO_PARQUET}: {otherwise}; get it again")
     for number, line in enumerate(table.data.split(b"\n"), 1):
         try:
             line.decode()

@@ -5,8 +5,9 @@ Read with the `gguf` package (extra [gguf]); transformers' own GGUF reading need
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models.llama import LlamaConfig
-from dpo4rec_jax.weights import gguf_tokenizer, hf_config, huggingface, streaming
+from dpo4rec_jax.weights import gguf_header, gguf_tokenizer, hf_config, huggingface, streaming
 from dpo4rec_jax.weights.policy import Policy, place, shapes
 from dpo4rec_jax.weights.streaming import StoredTensor
 from dpo4rec_jax.weights.tokenizer import check_fit, load_tokenizer, stop_ids
@@ -66,11 +67,13 @@ def outline(
 ) -> tuple[LlamaConfig, Any, dict[str, Any], Any]:
     """Architecture, tokenizer, the equivalent config.json, and the open file."""
     reader = _open(path)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    values = read_config(metadata, reader, path)
+    with _one_line(path, "damaged or not a GGUF file"):
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        values = read_config(metadata, reader, path)
     config = hf_config.parse_config(values, str(path), dtype=dtypes[0], param_dtype=dtypes[1])
     if tokenizer_path is None:
-        tokenizer = gguf_tokenizer.build(metadata, path)
+        with _one_line(path, "the tokenizer cannot be rebuilt"):
+            tokenizer = gguf_tokenizer.build(metadata, path)
     else:
         tokenizer = load_tokenizer(tokenizer_path)
     check_fit(tokenizer, config.vocab_size, str(tokenizer_path or path))
@@ -86,11 +89,21 @@ def _open(path: Path) -> Any:
         ) from None
     if not path.is_file():
         raise InputError(f"{path}: expected a GGUF file, got none")
-    try:
+    with _one_line(path, "damaged or not a GGUF file"):
+        gguf_header.check(path)
         return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError) as error:
+
+
+@contextlib.contextmanager
+def _one_line(path: Path, what: str) -> Iterator[None]:
+    """The gguf and tokenizers packages raise whatever a damaged file leads them to."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: damaged or not a GGUF file: {reason}") from None
+        raise InputError(f"{path}: {what}: {reason}") from None
 
 
 def read_config(metadata: Mapping[str, Any], reader: Any, path: Path) -> dict[str, Any]:
@@ -110,7 +123,7 @@ def read_config(metadata: Mapping[str, Any], reader: Any, path: Path) -> dict[st
             "checkpoint of this model"
         )
     width, heads = get("embedding_length"), get("attention.head_count")
-    head_dim = get("attention.key_length", width // heads)
+    head_dim = get("attention.key_length", width // max(heads, 1))
     if get("rope.dimension_count", head_dim) != head_dim:
         raise InputError(f"{path}: expected rotary embedding on all {head_dim} of a head's values")
     vocab_size = next((int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"), 0)

@@ -28,7 +28,8 @@ _SPLITS = {  # as in the tokenizer.json of each family
 def build(metadata: Mapping[str, Any], path: Path) -> Any:
     """A transformers fast tokenizer with the file's special tokens and chat template.
 
-    Raises InputError for a kind of tokenizer that we cannot rebuild exactly.
+    Raises InputError for a kind of tokenizer that we cannot rebuild exactly, and whatever the
+    tokenizers library raises for metadata that make no tokenizer.
     """
     import transformers
 
@@ -44,12 +45,7 @@ def build(metadata: Mapping[str, Any], path: Path) -> Any:
             "directory in policy.tokenizer"
         )
     types = ggml.get("token_type") or [NORMAL] * len(tokens)
-    try:
-        backend = _byte_level(ggml, path) if kind == "gpt2" else _sentencepiece(ggml, types)
-    except InputError:
-        raise
-    except Exception as error:  # KeyError, and what the tokenizers library raises
-        raise InputError(f"{path}: the tokenizer cannot be rebuilt: {error}") from None
+    backend = _byte_level(ggml, path) if kind == "gpt2" else _sentencepiece(ggml, types)
     added = [
         tokenizers.AddedToken(token, special=token_type == CONTROL, normalized=False)
         for token, token_type in zip(tokens, types, strict=True)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
@@ -88,51 +87,3 @@ def test_books_take_kar_s_k_core_by_name(tmp_path: Path) -> None:
     assert prepared.counts["items"] == 61
     assert "book" in prepared.user_prompts[0].messages[0]["content"]
     assert prepared.window_U.tolist() == [15] * 41
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"reviewerID": "u", "asin"', r"reviews\.json:2: not a JSON object"),
-        ('["u", "a"]', r"reviews\.json:2: expected an object, got list"),
-        (REVIEW | {"overall": None}, r"reviews\.json:2: overall: expected a number, got None"),
-        (REVIEW | {"unixReviewTime": "x"}, r"reviews\.json:2: unixReviewTime: expected a whole"),
-        (REVIEW | {"reviewerID": None}, r"reviews\.json:2: reviewerID: expected an id, got None"),
-        ({"asin": "a", "overall": 1.0}, r"reviews\.json:2: reviewerID: expected an id, got none"),
-    ],
-)
-def test_a_bad_review_is_named_by_file_and_line(tmp_path: Path, line, message: str) -> None:
-    (tmp_path / "reviews.json").write_bytes(lines(REVIEW, line, REVIEW))
-    with pytest.raises(InputError, match=message):
-        read(tmp_path)
-
-
-def test_foreign_bytes_are_named_by_file_and_line(tmp_path: Path) -> None:
-    (tmp_path / "reviews.json").write_bytes(
-        lines(REVIEW) + lines(REVIEW).replace(b'"u"', b'"\xff"')
-    )
-    with pytest.raises(InputError, match=r"reviews\.json:2: expected UTF-8 text"):
-        read(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["reviews.json.gz", "meta.json.gz"])
-def test_a_cut_gz_is_an_input_error(tmp_path: Path, name: str) -> None:
-    ids = [f"{17 * i}" for i in range(3000)]
-    files = {
-        "reviews.json.gz": lines(*(REVIEW | {"asin": i} for i in ids)),
-        "meta.json.gz": lines(*({"asin": i, "title": f"T{i}"} for i in ids)),
-    }
-    for file, content in files.items():
-        packed = gzip.compress(content)
-        (tmp_path / file).write_bytes(packed[:-9] if file == name else packed)
-    with pytest.raises(InputError, match=rf"{name}: truncated or damaged"):
-        read(tmp_path)
-
-
-def test_metadata_alone_is_an_input_error(tmp_path: Path) -> None:
-    (tmp_path / "meta.json").write_bytes(lines({"asin": "a", "title": "A"}))
-    with pytest.raises(InputError, match=r"no Amazon reviews among meta\.json"):
-        read(tmp_path)
-    (tmp_path / "meta.json").write_bytes(b"")
-    with pytest.raises(InputError, match=r"meta\.json: expected data, got an empty file"):
-        read(tmp_path)

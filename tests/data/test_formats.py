@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from formats import WRITERS, make_log
 
-from dpo4rec_jax.config import DataConfig, InputError
+from dpo4rec_jax.config import DataConfig
 from dpo4rec_jax.data import build
 
 
@@ -59,19 +59,8 @@ def test_events_come_in_time_order(format: str, tmp_path: Path) -> None:
     assert [prepared.item_id[i] for i in events] == [item for _, item in mine]
 
 
-def test_a_format_asked_for_and_not_there_is_an_input_error(tmp_path: Path) -> None:
-    path = WRITERS["csv"](tmp_path, make_log())
-    with pytest.raises(InputError, match=r"no files of format amazon, got interactions\.csv\.gz"):
-        build(DataConfig(name="toy", path=str(path), format="amazon"), 0, tmp_path)
-
-
 def test_a_single_file_is_enough(tmp_path: Path) -> None:
     path = WRITERS["ml-1m"](tmp_path, make_log()) / "ratings.dat"
     prepared = build(DataConfig(name="ml-1m", path=str(path)), 0, tmp_path)
     assert prepared.items[0]["title"] == prepared.item_id[0]
     assert prepared.attribute_IAM.shape[1] == 0
-
-
-def test_nothing_is_fetched_for_an_unknown_name(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing to fetch by this name"):
-        build(DataConfig(name="mine"), 0, tmp_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo4rec_jax.config import DataConfig, InputError
+from dpo4rec_jax.config import DataConfig
 from dpo4rec_jax.data import Prepared, build, movielens
 from dpo4rec_jax.data.files import Files
 
@@ -131,39 +131,3 @@ def test_windows_line_ends_and_a_missing_last_one_are_read(tmp_path: Path) -> No
     plain = read(write(tmp_path, ratings_dat=RATINGS)).interactions
     odd = RATINGS.replace("\n", "\r\n").rstrip()
     assert read(write(tmp_path, ratings_dat=odd)).interactions.equals(plain)
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"ratings_dat": RATINGS + "1::10::5\n"}, r"ratings\.dat:4: expected 4 fields .* got 3"),
-        ({"ratings_dat": RATINGS + "1::10::5::9::9\n"}, r"ratings\.dat:4: expected 4 fields"),
-        ({"ratings_dat": "1::10\n2::3::4::5::6::7\n"}, r"ratings\.dat:1: expected 4 fields"),
-        ({"ratings_dat": RATINGS + "\n" + RATINGS}, r"ratings\.dat:4: expected 4 fields"),
-        (
-            {"ratings_dat": RATINGS + "1::10::bad::9\n"},
-            r"ratings\.dat:4: rating: expected a finite",
-        ),
-        (
-            {"ratings_dat": RATINGS + "1::10::nan::9\n"},
-            r"ratings\.dat:4: rating: expected a finite",
-        ),
-        (
-            {"ratings_dat": RATINGS + "1::10::55::9\n"},
-            r"ratings\.dat:4: rating: expected 0\.5 to 5",
-        ),
-        ({"ratings_dat": RATINGS + "1::10::5::then\n"}, r"ratings\.dat:4: time: expected a whole"),
-        ({"ratings_dat": RATINGS + "1::10::5::\n"}, r"ratings\.dat:4: time: expected a whole"),
-        ({"ratings_dat": RATINGS.encode() + b"\xff::1::5::9\n"}, r"ratings\.dat:4: expected UTF-8"),
-        ({"ratings_dat": ""}, r"ratings\.dat: expected data, got an empty file"),
-        ({"ratings_dat": RATINGS, "movies_dat": "1::Heat\n"}, r"movies\.dat:1: expected 3 fields"),
-        ({"ratings_dat": RATINGS, "users_dat": "1::F::1\n"}, r"users\.dat:1: expected 5 fields"),
-        ({"u_data": "1\t2\t3\n"}, r"u\.data:1: expected 4 fields"),
-        ({"u_data": "1\t2\t3\t4\n", "u_item": "1|T|||\n"}, r"u\.item:1: expected 24 fields"),
-    ],
-)
-def test_a_bad_line_is_named_by_file_and_number(
-    tmp_path: Path, files: dict[str, str | bytes], message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        read(write(tmp_path, **files))

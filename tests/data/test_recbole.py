@@ -73,39 +73,3 @@ def test_users_of_the_merged_movielens_get_their_own_ids_back(tmp_path: Path) ->
     raw = read(write(tmp_path, inter=INTER + rows, user=user))
     assert raw.interactions["user"].to_list() == ["1", "1"]
     assert raw.users.rows() == [("1", "female", "under 18", "K-12 student")]
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"inter": "user_id\titem_id\n1\t2\n"}, r"set\.inter:1: expected headers such as user_id:"),
-        (
-            {"inter": "user_id:text\titem_id:token\n"},
-            r"set\.inter:1: expected headers .*user_id:text",
-        ),
-        (
-            {"inter": "user_id:token\tuser_id:token\n1\t1\n"},
-            r"set\.inter:1: column 'user_id' stands",
-        ),
-        ({"inter": INTER}, r"set\.inter: expected data, got an empty file"),
-        ({"inter": INTER + ROWS + "1\t2\t3\n"}, r"set\.inter:5: expected 4 fields"),
-        (
-            {"inter": INTER + ROWS + "1\t2\tx\t3\n"},
-            r"set\.inter:5: rating: expected a finite number",
-        ),
-        ({"inter": INTER + ROWS + "\ta\t3\t3\n"}, r"set\.inter:5: user_id, item_id: expected ids"),
-        ({"inter": INTER + ROWS, "item": "title:token\nx\n"}, r"set\.item: no column of item ids"),
-    ],
-)
-def test_a_bad_file_is_an_input_error(tmp_path: Path, files: dict[str, str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        read(write(tmp_path, **files))
-
-
-def test_two_data_sets_in_one_directory_are_ambiguous(tmp_path: Path) -> None:
-    write(tmp_path, inter=INTER + ROWS)
-    (tmp_path / "other.inter").write_text(INTER + ROWS)
-    with pytest.raises(
-        InputError, match=r"expected one \.inter file, got other\.inter, set\.inter"
-    ):
-        read(tmp_path)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import numpy as np
@@ -90,51 +89,3 @@ def test_parquet_keeps_whole_ids_and_lists(tmp_path: Path) -> None:
     raw = read(tmp_path)
     assert raw.interactions.rows() == [("7", "1", 0, 1.5), ("7", "2", 0, 2.0)]
     assert raw.items.rows() == [("1", "One", ["A", "B"])]
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"log_csv": ""}, r"log\.csv: expected a table, got an empty file"),
-        ({"log_csv": "user_id,item_id\n"}, r"log\.csv: expected rows below the header"),
-        ({"log_csv": "user_id,user_id,item_id\n"}, r"log\.csv:1: column 'user_id' stands twice"),
-        ({"log_csv": "user_id,,item_id\n"}, r"log\.csv:1: column 2 has no name"),
-        (
-            {"log_csv": "user_id,rating\n1,2\n"},
-            r"log\.csv: no column of item ids among user_id, rat",
-        ),
-        ({"log_csv": ROWS + "1,c,5,9,9\n"}, r"log\.csv:5: expected 4 fields .* got 5"),
-        ({"log_csv": ROWS + "1,c,good,9\n"}, r"log\.csv:5: rating: expected a finite .* 'good'"),
-        ({"log_csv": ROWS + "1,c,inf,9\n"}, r"log\.csv:5: rating: expected a finite number"),
-        ({"log_csv": ROWS + "1,c,5,soon\n"}, r"log\.csv:5: timestamp: expected a number or a date"),
-        ({"log_csv": ROWS + "1,c,5\n"}, r"log\.csv:5: timestamp: expected a number or a date"),
-        ({"log_csv": ROWS + ",c,5,9\n"}, r"log\.csv:5: user_id: expected an id, got None"),
-        ({"log_csv": ROWS.encode() + b"\xff,c,5,9\n"}, r"log\.csv:5: expected UTF-8"),
-        ({"log_csv": b"\xffuser_id,item_id\n"}, r"log\.csv:1: expected UTF-8"),
-        ({"log_parquet": b"PAR1"}, r"log\.parquet: not a readable Parquet file"),
-        ({"a_csv": ROWS, "b_csv": ROWS}, r"expected one table .* got a\.csv, b\.csv"),
-        ({"a_csv": "item_id\n1\n", "b_csv": "item_id\n1\n"}, r"expected one table .* got none"),
-        (
-            {"l_csv": ROWS, "a_csv": "item_id\n1\n", "b_csv": "item_id\n1\n"},
-            r"cannot tell which table to take: a\.csv, b\.csv",
-        ),
-    ],
-)
-def test_a_bad_table_is_an_input_error(
-    tmp_path: Path, files: dict[str, str | bytes], message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        read(write(tmp_path, **files))
-
-
-def test_the_line_of_a_fault_below_a_field_of_several_lines_is_right(tmp_path: Path) -> None:
-    rows = 'user_id,item_id,rating,note\n1,a,5,"two\nlines"\n1,b,bad,x\n'
-    with pytest.raises(InputError, match=r"log\.csv:4: rating"):
-        read(write(tmp_path, log_csv=rows))
-
-
-def test_a_cut_gz_is_an_input_error(tmp_path: Path) -> None:
-    whole = gzip.compress((ROWS + "".join(f"3,{i},5,{i}\n" for i in range(5000))).encode())
-    (tmp_path / "log.csv.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"log\.csv\.gz: truncated or damaged"):
-        read(tmp_path)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import email.utils
-import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 
 import pytest
+from chat_server import Handler, Respond, Server, answer, completion
 
 from dpo4rec_jax.config import EndpointConfig, InputError
 from dpo4rec_jax.sampling import endpoint as endpoint_module
@@ -17,59 +16,6 @@ from dpo4rec_jax.sampling.endpoint import Endpoint, Reply, Request
 
 KEY = "sk-test-0123456789abcdef"
 MESSAGES = [{"role": "user", "content": "What does this user like? Ünïcode"}]
-
-Respond = Callable[["Handler", int, dict], None]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Hands each request to `server.respond(handler, number, body)`."""
-
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            number = len(self.server.seen)
-            self.server.seen.append((self.path, dict(self.headers), body, time.monotonic()))
-        self.server.respond(self, number, body)
-
-    def reply(self, status: int, body: bytes | dict, **headers: str) -> None:
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        if "Content_Length" not in headers:
-            self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.lock, self.seen = threading.Lock(), []
-        self.respond: Respond = answer
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, *_: object) -> None:
-        pass
-
-
-def completion(text: str | None, finish: str = "stop") -> dict:
-    message = {"role": "assistant", "content": text}
-    return {"choices": [{"message": message, "finish_reason": finish}]}
-
-
-def answer(handler: Handler, number: int, body: dict) -> None:
-    handler.reply(200, completion(f"text {number}"))
 
 
 @pytest.fixture
@@ -177,12 +123,6 @@ def test_a_server_that_stays_broken_ends_the_run_in_one_line(server) -> None:
     assert "\n" not in message
 
 
-def test_html_for_ever_shows_how_the_reply_begins(server) -> None:
-    server.respond = lambda handler, n, body: handler.reply(200, b"<!doctype html>\n<p>wrong")
-    with pytest.raises(InputError, match=r"not a chat completion .*<!doctype html> <p>wrong"):
-        ask(server)
-
-
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refused_key_ends_the_run_at_once(server, status) -> None:
     said = {"error": {"message": f"Incorrect API key provided: {KEY}"}}
@@ -211,13 +151,6 @@ def test_a_redirect_is_not_followed_so_the_key_stays_here(server) -> None:
         assert len(server.seen) == 1
 
 
-def test_a_server_that_is_not_there_is_named(monkeypatch) -> None:
-    monkeypatch.setattr(endpoint_module, "FIRST_WAIT_S", 0.01)
-    config = EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m", key_env=None, retries=1)
-    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/v1.*no whole reply .*after 2 tries"):
-        list(Endpoint(config).replies([Request(0, MESSAGES, 8)]))
-
-
 def test_replies_before_a_failure_are_kept(server) -> None:
     def respond(handler: Handler, number: int, body: dict) -> None:
         if number < 3:
@@ -234,18 +167,3 @@ def test_replies_before_a_failure_are_kept(server) -> None:
             kept.append(reply.name)
     assert kept == [0, 1, 2]
     assert len(server.seen) == 4
-
-
-def test_a_missing_key_and_bad_addresses_are_refused_before_any_request(monkeypatch) -> None:
-    monkeypatch.delenv("TEST_KEY", raising=False)
-    good = {"base_url": "https://host/v1", "model": "m", "key_env": None}
-    Endpoint(EndpointConfig(**good))
-    for change, message in (
-        ({"key_env": "TEST_KEY"}, "environment variable TEST_KEY is not set"),
-        ({"base_url": "host/v1"}, r"expected http\(s\)"),
-        ({"base_url": "ftp://host/v1"}, r"expected http\(s\)"),
-        ({"base_url": "https://me:secret@host/v1"}, "holds a password"),
-    ):
-        with pytest.raises(InputError, match=message) as error:
-            Endpoint(EndpointConfig(**(good | change)))
-        assert "secret" not in str(error.value)

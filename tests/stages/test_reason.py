@@ -196,7 +196,7 @@ def test_without_reasoning_a_user_has_one_empty_text_and_no_policy_is_loaded(
 def test_without_reasoning_there_is_nothing_to_align(prepared, tmp_path) -> None:
     settings = {"user_texts": "history", "item_texts": "metadata"}
     stage = make_stage(tmp_path / "run", prepared, reason=settings, rounds=1)
-    with pytest.raises(InputError, match="reason.user_texts: history .* rounds is 1; set"):
+    with pytest.raises(InputError, match=r"reason\.user_texts: history .* rounds is 1; set"):
         reason.run(stage)
 
 

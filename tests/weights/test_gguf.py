@@ -2,78 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import hf_models
 import jax
 import numpy as np
 import pytest
+from gguf_files import WORDS, write
 
-from dpo4rec_jax.config import InputError
 from dpo4rec_jax.weights import huggingface, load_policy
 from dpo4rec_jax.weights.gguf import _gguf_name
 
 TOKENS_BT, LENGTH_B = np.array([[3, 4, 5, 6, 7]]), np.array([5])
-WORDS = ["<unk>", "<|im_start|>", "<|im_end|>", *(chr(33 + index) for index in range(93)), "ab"]
-
-
-def interleave(value: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of the rows of q and k: halves become adjacent pairs."""
-    halves = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:])
-    return halves.swapaxes(1, 2).reshape(value.shape)
-
-
-def write(
-    path: Path,
-    directory: Path,
-    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
-    architecture: str = "llama",
-    metadata: Callable[[gguf.GGUFWriter], None] | None = None,
-    tensors: dict[str, np.ndarray] | None = None,
-) -> Path:
-    """The checkpoint of a directory as GGUF, its matrices stored as `kind`."""
-    policy = load_policy(directory)
-    config = policy.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.layers)
-    writer.add_context_length(64)
-    writer.add_embedding_length(config.width)
-    writer.add_feed_forward_length(config.hidden)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(WORDS)
-    writer.add_token_types([3, 3, 3] + [1] * 94)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>")
-    if metadata is not None:
-        metadata(writer)
-    if "tokenizer.ggml.merges" not in writer.kv_data[0]:
-        writer.add_token_merges(["a b"])
-    named = {_gguf_name(k): v for k, v in hf_models.as_hf(config, policy.params).items()}
-    for name, value in (named | (tensors or {})).items():
-        heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name.split(".")[-2])
-        if architecture == "llama" and heads:
-            value = interleave(value, heads)
-        value = np.ascontiguousarray(value, np.float32)
-        if value.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(name, value)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -174,65 +116,6 @@ def test_every_tensor_has_a_gguf_name(checkpoints: Callable[[str], Path]) -> Non
     names = [_gguf_name(name) for name in huggingface.slots(config)]
     assert len(set(names)) == len(names)
     assert "blk.1.ffn_gate.weight" in names and "output.weight" in names
-
-
-def with_uint32(key: str, value: int) -> Callable[[gguf.GGUFWriter], None]:
-    return lambda writer: writer.add_uint32(key, value)
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"architecture": "gemma2"}, r"architecture: expected one of llama, qwen2, .* 'gemma2'"),
-        ({"metadata": with_uint32("llama.expert_count", 8)}, r"expected a dense model, got 8 exp"),
-        (
-            {"metadata": lambda writer: writer.add_string("llama.rope.scaling.type", "yarn")},
-            r"rope scaling \(yarn\) is not read from GGUF",
-        ),
-        (
-            {"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}},
-            r"rope scaling .* is not read from GGUF",
-        ),
-        (
-            {"tensors": {"blk.0.ffn_gate_inp.weight": np.ones((2, 64), np.float32)}},
-            r"blk\.0\.ffn_gate_inp\.weight: expected no such tensor",
-        ),
-        (
-            {"kind": gguf.GGMLQuantizationType.Q5_0},
-            r"token_embd\.weight: expected F32, .* got Q5_0",
-        ),
-    ],
-)
-def test_gguf_we_do_not_compute_is_refused_by_name(
-    options: dict[str, Any], says: str, wide: Path, tmp_path: Path
-) -> None:
-    path = write(tmp_path / "m.gguf", wide, **options)
-    with pytest.raises(InputError) as caught:
-        load_policy(path)
-    assert re.search(says, str(caught.value)) and "\n" not in str(caught.value)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-5000])
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (truncate, r"damaged or not a GGUF file"),
-        (lambda path: path.write_bytes(b"not a model at all" * 9), r"damaged or not a GGUF file"),
-        (lambda path: path.write_bytes(b""), r"damaged or not a GGUF file"),
-        (lambda path: path.unlink(), r"expected a GGUF file, got none"),
-    ],
-)
-def test_damaged_gguf_is_one_line(
-    damage: Callable[[Path], Any], says: str, wide: Path, tmp_path: Path
-) -> None:
-    path = write(tmp_path / "m.gguf", wide)
-    damage(path)
-    with pytest.raises(InputError) as caught:
-        load_policy(path)
-    assert re.search(says, str(caught.value)) and "\n" not in str(caught.value)
 
 
 def test_tokenizer_comes_out_of_the_metadata(wide: Path, tmp_path: Path) -> None:

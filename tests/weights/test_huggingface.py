@@ -41,13 +41,6 @@ def checkpoint(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound / "whole", tmp_path / "checkpoint"))
 
 
-@pytest.fixture
-def sharded(sound: Path, tmp_path: Path) -> Path:
-    """A sharded copy to damage."""
-    ignore = shutil.ignore_patterns("whole")
-    return Path(shutil.copytree(sound, tmp_path / "sharded", ignore=ignore))
-
-
 def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     values = json.loads(path.read_text())
     change(values)
@@ -114,139 +107,13 @@ def test_half_precision_weights_load_in_the_dtype_asked_for(checkpoint: Path) ->
         np.testing.assert_array_equal(embed, expected.astype(np.float32))
 
 
-def delete_a_shard(path: Path) -> None:
-    next(path.glob("model-00002-*.safetensors")).unlink()
-
-
-def name_twice(path: Path) -> None:
-    first, second = sorted(path.glob("model-*.safetensors"))[:2]
-    save_file(load_file(first) | load_file(second), second)
-
-
-def misplace(path: Path) -> None:
-    last = sorted(path.glob("model-*.safetensors"))[-1].name
-    edit_json(
-        path / "model.safetensors.index.json",
-        lambda index: index["weight_map"].update({"model.embed_tokens.weight": last}),
-    )
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (delete_a_shard, r"index\.json: names the shard model-00002-of-\d+\.safetensors, which is"),
-        (name_twice, r"stored twice, also in .*model-00001"),
-        (misplace, r"model\.embed_tokens\.weight: expected in model-.*which does not hold it"),
-        (
-            lambda path: edit_json(
-                path / "model.safetensors.index.json", lambda index: index.pop("weight_map")
-            ),
-            r"weight_map: expected an object of tensor names, got None",
-        ),
-    ],
-)
-def test_damaged_shards_stop_the_load_in_one_line(
-    damage: Callable[[Path], None], says: str, sharded: Path
-) -> None:
-    damage(sharded)
-    assert re.search(says, one_line(sharded))
-
-
-def truncate(path: Path) -> None:
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def cut_header(path: Path) -> None:
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:50])
-
-
-def scramble_header(path: Path) -> None:
-    file = path / "model.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[:8] + b"?" * 40 + content[48:])
-
-
-def poison(path: Path) -> None:
-    def change(tensors: dict[str, np.ndarray]) -> None:
-        tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
-
-    edit_tensors(path, change)
-
-
-def transpose_one(path: Path) -> None:
-    def change(tensors: dict[str, np.ndarray]) -> None:
-        name = "model.layers.1.mlp.down_proj.weight"
-        tensors[name] = np.ascontiguousarray(tensors[name].T)
-
-    edit_tensors(path, change)
-
-
-def pickle_only(path: Path) -> None:
-    (path / "model.safetensors").rename(path / "pytorch_model.bin")
-
-
-def other_tokenizer(words: int) -> Callable[[Path], None]:
-    return lambda path: make_tokenizer([f"w{i}" for i in range(words)]).save_pretrained(path)
-
-
-def drop(name: str) -> Callable[[Path], None]:
-    return lambda path: edit_tensors(path, lambda tensors: tensors.pop(name))
-
-
 def setting(**values: Any) -> Callable[[Path], None]:
     return lambda path: edit_json(path / "config.json", lambda config: config.update(values))
 
 
-def rope(**values: Any) -> Callable[[Path], None]:
-    return setting(rope_parameters={"rope_theta": 1e4, **values})
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (truncate, r"model\.safetensors: truncated: .* ends at byte \d+, the file at \d+"),
-        (cut_header, r"model\.safetensors: truncated: ends within its header"),
-        (scramble_header, r"not a safetensors file"),
-        (poison, r"layers\.1\.mlp\.up_proj\.weight: expected finite numbers, got NaN"),
-        (transpose_one, r"layers\.1\.mlp\.down_proj\.weight: expected \[48, 80\], got \[80, 48\]"),
-        (drop("model.norm.weight"), r"model\.norm\.weight: expected \[48\], got no such tensor"),
-        (drop("lm_head.weight"), r"lm_head\.weight: expected \[97, 48\], got no such tensor"),
-        (
-            lambda path: edit_tensors(path, lambda t: t.update(score=np.ones(2, np.float32))),
-            r"model\.safetensors: score: expected no such tensor in this architecture, got \[2\]",
-        ),
-        (
-            lambda path: edit_tensors(path, lambda t: t.update(score=np.ones(2, np.int8))),
-            r"score: expected F64, F32, F16, BF16, got I8; quantised checkpoints load as GGUF",
-        ),
-        (pickle_only, r"pytorch_model\.bin: pickled weights can run code .*save_pretrained"),
-        (lambda path: (path / "model.safetensors").unlink(), r"got no weights at all"),
-        (lambda path: (path / "config.json").unlink(), r"config\.json: not there; expected a Hug"),
-        (lambda path: (path / "config.json").write_text("{"), r"cannot be read as JSON"),
-        (lambda path: (path / "config.json").write_text("[]"), r"expected a JSON object, got list"),
-        (lambda path: (path / "tokenizer.json").unlink(), r"no usable tokenizer|tokenizer\.json"),
-        (other_tokenizer(300), r"ids up to 605, the embedding 97 rows; .* of another model"),
-        (setting(model_type="gpt2"), r"model_type: expected one of llama, .*, got 'gpt2'"),
-        (setting(hidden_size=None), r"hidden_size: expected a whole number, got None"),
-        (setting(num_hidden_layers=3), r"layers\.2\.input_layernorm\.weight: expected \[48\], got"),
-        (setting(num_key_value_heads=3), r"num_key_value_heads to divide num_attention_heads"),
-        (setting(hidden_act="gelu"), r"hidden_act: expected 'silu', got 'gelu'"),
-        (setting(mlp_bias=True), r"mlp_bias: expected False, got True"),
-        (setting(quantization_config={"bits": 4}), r"quantization_config: a feature we do not"),
-        (setting(residual_multiplier=0.22), r"residual_multiplier: a feature we do not compute"),
-        (setting(sliding_window=7), r"sliding_window: llama has none, got 7"),
-        (rope(rope_type="yarn", factor=4.0), r"rope_type: expected default, linear or llama3, got"),
-        (rope(rope_type="dynamic", factor=4.0), r"rope_type: .* got 'dynamic'"),
-        (rope(rope_type="llama3", factor=8.0), r"rope_parameters: low_freq_factor: expected a num"),
-        (rope(rope_type="default", partial_rotary_factor=0.5), r"partial_rotary_factor: expected"),
-    ],
-)
-def test_damaged_checkpoint_stops_the_load_in_one_line(
-    damage: Callable[[Path], Any], says: str, checkpoint: Path
-) -> None:
-    damage(checkpoint)
+def test_an_output_matrix_that_is_missing_is_named(checkpoint: Path) -> None:
+    edit_tensors(checkpoint, lambda tensors: tensors.pop("lm_head.weight"))
+    says = r"lm_head\.weight: expected \[97, 48\], got no such tensor"
     assert re.search(says, one_line(checkpoint))
 
 
