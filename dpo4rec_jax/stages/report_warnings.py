@@ -11,7 +11,7 @@ from dpo4rec_jax.config import Config
 from dpo4rec_jax.stages.report_evidence import Evidence
 
 FEW_SEEDS, FEW_USERS = 5, 100
-LITTLE_NATS = 0.1
+LITTLE_NATS, NO_BETTER_THAN_CHANCE = 0.1, 0.5
 
 
 def warnings_of(document: Mapping[str, Any], evidence: Evidence, config: Config) -> list[str]:
@@ -91,4 +91,18 @@ def _of_the_alignment(document: Mapping[str, Any], config: Config) -> Iterator[s
                 f"Alignment {entry['round']} hardly moved the LLM: chosen gained "
                 f"{margin / config.align.beta:.2g} nats on rejected texts. Raise "
                 "align.learning_rate or align.epochs."
+            )
+        interval = entry.get("reward_ci95")
+        if interval is not None and interval[1] < 0:
+            yield (
+                f"Alignment {entry['round']} made fresh texts worse: their mean reward fell from "
+                f"{entry['reward_mean_before']:.4f} to {entry['reward_mean_after']:.4f}. Lower "
+                "align.learning_rate or align.epochs, or raise align.beta."
+            )
+        accuracy = entry["reward_accuracy"]
+        if accuracy is not None and accuracy < NO_BETTER_THAN_CHANCE:
+            yield (
+                f"Alignment {entry['round']} orders {accuracy:.0%} of held-out pairs as their "
+                "rewards do, no better than chance: what it learned does not carry over. Lower "
+                "align.epochs, or raise prefer.min_gap or data.max_users for clearer or more pairs."
             )
