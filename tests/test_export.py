@@ -19,7 +19,9 @@ from dpo4rec_jax.models import lora
 from dpo4rec_jax.weights import load_policy, peft
 from dpo4rec_jax.weights.export import save_policy
 from dpo4rec_jax.weights.tiny import make_tiny
-from dpo4rec_jax.workspace import Workspace
+from dpo4rec_jax.workspace import Workspace, write_json
+
+MANIFEST = {"inputs_digest": "", "outputs_digest": "", "files": {}, "seconds": 0.0}
 
 TOKENS_BT, LENGTH_B = np.array([[6, 7, 8, 9]]), np.array([4])
 
@@ -47,7 +49,7 @@ def workdir(tmp_path: Path) -> Path:
         )
         directory = workspace.stage_dir("align", round_)
         peft.save_adapter(directory / "adapter", policy.config, adapter, config.align.lora)
-        (directory / "manifest.json").write_text("{}")
+        write_json(directory / "manifest.json", MANIFEST)
     generator = np.random.default_rng(0)
     encoded = workspace.stage_dir("encode", 2)
     encoded.mkdir(parents=True)
@@ -58,7 +60,7 @@ def workdir(tmp_path: Path) -> Path:
         ["u1", "u2", "u3"],
         ["i1", "i2", "i3", "i4"],
     ).save(encoded / "vectors.npz")
-    (encoded / "manifest.json").write_text("{}")
+    write_json(encoded / "manifest.json", MANIFEST)
     return workspace.path
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from dpo4rec_jax import rehearse
 
+pytestmark = pytest.mark.slow  # every part is compiled, in processes of their own
+
 CONFIG = """
 policy: {path: tiny, tiny_width: 64, tiny_layers: 2, tiny_heads: 4, max_prompt_tokens: 48}
 reason: {samples: 4, max_new_tokens: 16, slots: 32}
