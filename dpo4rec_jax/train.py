@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpo4rec_jax.command import exit_status
 from dpo4rec_jax.config import Config, InputError, load_config
@@ -96,7 +97,9 @@ def _stopped_by_signals(progress: Progress) -> Iterator[None]:
         progress.say("stopping as soon as everything is saved")
         signal.signal(number, before[number])
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     for number in before:
         signal.signal(number, request)
     try:

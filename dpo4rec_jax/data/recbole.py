@@ -55,11 +55,11 @@ def _interactions(files: Files, name: str, columns: ColumnsConfig) -> pl.DataFra
     row = table.select((pl.col(user).is_null() | pl.col(item).is_null()).arg_true().first()).item()
     if row is not None:
         raise InputError(f"{where}:{row + 2}: {user}, {item}: expected ids, got an empty field")
-    late = table.select((pl.col(time).abs() >= 2.0**63).arg_true().first()).item() if time else None
-    if late is not None:
-        raise InputError(
-            f"{where}:{late + 2}: {time}: expected seconds, got {table[time][late]:g}"
-        )
+    if time:
+        late = table.select((pl.col(time).abs() >= 2.0**63).arg_true().first()).item()
+        if late is not None:
+            value = table[time][late]
+            raise InputError(f"{where}:{late + 2}: {time}: expected seconds, got {value:g}")
     return table.select(
         user=_user_ids(user),
         item=pl.col(item),

@@ -165,7 +165,8 @@ def _rope(values: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | 
         _check_positive(rope.get(name), f"{where}: {name}")
     if kind == "linear":
         return theta, RopeScaling("linear", float(rope["factor"]))
-    original = rope.get("original_max_position_embeddings") or values.get("max_position_embeddings")
+    original: Any = rope.get("original_max_position_embeddings")
+    original = original or values.get("max_position_embeddings")
     _check_positive(original, f"{where}: original_max_position_embeddings")
     return theta, RopeScaling(
         kind="llama3",
