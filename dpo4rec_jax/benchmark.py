@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_jax import __version__, benchmarks
-from dpo4rec_jax.command import exit_status
+from dpo4rec_jax.command import add_config_arguments, exit_status
 from dpo4rec_jax.config import InputError, load_config
 from dpo4rec_jax.workspace import write_json
 
@@ -27,16 +27,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Measures parts of the loop at a config's sizes and prints the figures beside "
         "the machine's own peaks.",
     )
-    parser.add_argument("--config", required=True, metavar="C", help="YAML file, see configs/")
+    add_config_arguments(parser)
     parser.add_argument(
         "--what", metavar="a,b", help=f"only these parts: {', '.join(parts())} (all)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="override a key of the config; may be repeated",
     )
     parser.add_argument("--output", metavar="FILE", help="also write the figures there, as JSON")
     return parser.parse_args(arguments)

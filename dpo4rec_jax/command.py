@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import sys
 import traceback
@@ -18,6 +19,23 @@ WHAT_TO_DO = {
 }
 
 DONE, OURS, USERS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config and --set, as every command that takes a config has them."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="C",
+        help="YAML file, see configs/; every key is in docs/configuration.md",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="override a key of the config, e.g. --set rank.backbone=dlcm; may be repeated",
+    )
 
 
 def exit_status(body: Callable[[], None]) -> int:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo4rec_jax.command import exit_status
+from dpo4rec_jax.command import add_config_arguments, exit_status
 from dpo4rec_jax.config import InputError, load_config
 from dpo4rec_jax.workspace import write_json
 
@@ -26,18 +26,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="Exit status: 0 all of it fits, 2 it does not (one line says what is largest) or a "
         "mistake in what was given, 1 a fault of the program.",
     )
-    parser.add_argument("--config", required=True, metavar="C", help="YAML file, see configs/")
+    add_config_arguments(parser)
     parser.add_argument(
         "--topology", required=True, metavar="T", help="v5e:16x16, v5p:4x4x4, v6e:4x4, ... or cpu:8"
     )
     parser.add_argument("--what", metavar="a,b", help="only these: sampling, dpo, rank (all)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="override a key of the config; may be repeated",
-    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     parser.add_argument(
         "--memory-gib", type=float, metavar="G", help="memory of a chip in place of its own"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo4rec_jax.command import exit_status
+from dpo4rec_jax.command import add_config_arguments, exit_status
 from dpo4rec_jax.config import Config, InputError, load_config
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress, Stopped
 from dpo4rec_jax.runtime.tracking import Tracker, tracking
@@ -28,20 +28,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="Exit status: 0 done, 2 a mistake in what was given (one line says which), 1 a "
         "fault of the program, 143 stopped by SIGTERM after saving.",
     )
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="C",
-        help="YAML file, see configs/; every key is in docs/configuration.md",
-    )
+    add_config_arguments(parser)
     parser.add_argument("--workdir", metavar="D", help="where artifacts go (runs/<config name>)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="override a key of the config, e.g. --set rank.backbone=dlcm; may be repeated",
-    )
     parser.add_argument(
         "--stages",
         metavar="s,t",

@@ -49,6 +49,11 @@ class Stage:
     progress: Progress
 
 
+def warms_up(config: Config) -> bool:
+    """Whether the run's own policy comes out of stage warmup rather than from `policy.path`."""
+    return config.policy.path == "tiny" or config.warmup.texts is not None
+
+
 class Workspace:
     """Paths and manifests under one directory."""
 
@@ -72,8 +77,7 @@ class Workspace:
 
     def policy_source(self, config: Config, round: int) -> tuple[str, tuple[Path, ...]]:
         """Where round r's policy lies: a path for `load_policy`, and the adapters to merge."""
-        warmed = config.policy.path == "tiny" or config.warmup.texts is not None
-        base = str(self.stage_dir("warmup") / "policy") if warmed else config.policy.path
+        base = str(self.stage_dir("warmup") / "policy") if warms_up(config) else config.policy.path
         if config.align.method == "lora":
             aligned = [self.stage_dir("align", r) / "adapter" for r in range(round)]
             return base, tuple(aligned)

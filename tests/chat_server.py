@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Respond = Callable[["Handler", int, dict], None]
@@ -60,3 +61,17 @@ def completion(text: str | None, finish: str = "stop") -> dict:
 
 def answer(handler: Handler, number: int, body: dict) -> None:
     handler.reply(200, completion(f"text {number}"))
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[Server]:
+    """A server that answers until the block ends."""
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -31,7 +31,7 @@ def test_sampling_figures_are_printed_and_written(config_path, tmp_path, capsys)
     sampling = written["sampling"]
     assert sampling["layout"]["rows"] == 4
     assert sampling["job"]["tokens_per_second"] > 0
-    assert sampling["decode"]["share_of_floor"] > 0
+    assert 0 < sampling["decode"]["share_of_floor"] < 1
     parts = sampling["decode"]["parts_seconds"]
     assert sum(parts.values()) == pytest.approx(sampling["decode"]["step_seconds"])
 

@@ -22,12 +22,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dpo4rec_jax.config import LoraConfig
-from dpo4rec_jax.models import tiles
+from dpo4rec_jax.models import rope, tiles
+from dpo4rec_jax.models.rope import RopeScaling
 
 Params = Mapping[str, Any]
 
@@ -35,17 +35,6 @@ INIT_DEVIATION = 0.02
 ROWS = ("data", "fsdp")  # mesh axes that split a batch
 Remat = Literal["full", "dots", "none"]
 DTypeName = Literal["float32", "bfloat16"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Stretching of the rotary frequencies: `linear` (all alike) or `llama3` (long waves only)."""
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,39 +166,6 @@ def rms_norm(x_xD: Array, scale_D: Array, eps: float) -> Array:
     return normed_xD * jnp.broadcast_to(scale_D.astype(x_xD.dtype), x_xD.shape)
 
 
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians a position for each of the head_dim / 2 pairs, float32.
-
-    Computed on the host in HF's order of float32 operations: at position 8,192 one more rounding
-    of a frequency is already 5e-4 radians. `llama3` as in `transformers`' modeling_rope_utils.
-    """
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    power = np.power(np.float64(config.rope_theta), exponent.astype(np.float64))
-    frequency = np.float32(1.0) / power.astype(np.float32)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    stretched = frequency / np.float32(scaling.factor)
-    if scaling.kind == "linear":
-        return stretched
-    wavelength = np.float32(2 * np.pi) / frequency
-    original = np.float32(scaling.original_max_position)
-    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
-    blend = (original / wavelength - low) / (high - low)
-    blended = (1 - blend) * frequency / np.float32(scaling.factor) + blend * frequency
-    result = np.where(wavelength > original / low, stretched, frequency)
-    between = (wavelength >= original / high) & (wavelength <= original / low)
-    return np.where(between, blended, result).astype(np.float32)
-
-
-def rotate(x_BTHd: Array, cos_BTd: Array, sin_BTd: Array) -> Array:
-    """Rotary embedding in the half-split layout of HF checkpoints, in float32, cast back."""
-    first, second = jnp.split(x_BTHd.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BTd[:, :, None], sin_BTd[:, :, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTHd.dtype)
-
-
 class Layer(nn.Module):
     config: LlamaConfig
     lora_config: LoraConfig | None = None
@@ -235,8 +191,8 @@ class Layer(nn.Module):
             query_BTHd = self._norm("q_norm", query_BTHd)
             key_BTKd = self._norm("k_norm", key_BTKd)
         attended_BTHd, cache = attention(
-            rotate(query_BTHd, cos_BTd, sin_BTd),
-            rotate(key_BTKd, cos_BTd, sin_BTd),
+            rope.rotate(query_BTHd, cos_BTd, sin_BTd),
+            rope.rotate(key_BTKd, cos_BTd, sin_BTd),
             value.reshape(B, T, config.kv_heads, d),
             position_BT,
             cache,
@@ -290,8 +246,8 @@ class Decoder(nn.Module):
             self.param("unembed", normal, shape_VD[::-1], config.param_dtype)
         table_VD = lay(embed_VD, self.mesh, "tensor")
         x_BTD = lay(jnp.take(table_VD, tokens_BT, axis=0).astype(config.dtype), self.mesh, ROWS)
-        frequency_11d = rope_frequencies(config)[None, None, :]
-        angle_BTd = position_BT[..., None].astype(jnp.float32) * frequency_11d
+        frequency_d = rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        angle_BTd = position_BT[..., None].astype(jnp.float32) * frequency_d[None, None]
         shared = (attention, position_BT, jnp.cos(angle_BTd), jnp.sin(angle_BTd))
         layers = self._run_split if self.split else self._run_scanned
         x_BTD, cache = layers(x_BTD, cache, None if lora is None else lora["layers"], shared)

@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo4rec_jax import __version__
 from dpo4rec_jax.config import Config, InputError
-from dpo4rec_jax.workspace import Workspace, digest_of_path, step_name
+from dpo4rec_jax.workspace import Workspace, digest_of_path, step_name, warms_up
 
 STAGES = (
     "prepare",
@@ -63,7 +63,7 @@ def has_policy(config: Config) -> bool:
 
 
 def has_warmup(config: Config) -> bool:
-    return has_policy(config) and (config.policy.path == "tiny" or config.warmup.texts is not None)
+    return has_policy(config) and warms_up(config)
 
 
 def plan(config: Config) -> list[Step]:

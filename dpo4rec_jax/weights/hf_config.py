@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_jax.config import InputError
-from dpo4rec_jax.models.llama import LlamaConfig, RopeScaling
+from dpo4rec_jax.models.llama import LlamaConfig
+from dpo4rec_jax.models.rope import RopeScaling
 from dpo4rec_jax.workspace import parse_json
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")

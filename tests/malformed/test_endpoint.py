@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from chat_server import Handler, Respond, Server
+from chat_server import Handler, Respond, Server, serving
 from malformed_input import Malformed, check_refusal, rows, settings, write
 
 from dpo4rec_jax import train
@@ -97,13 +96,8 @@ ENDPOINTS = (
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("TABLE_KEY", KEY)
     monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 def command(server: Server, directory: Path, more: Sequence[str] = ()) -> list[str]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo4rec_jax.models import llama
+from dpo4rec_jax.models import llama, rope
 from dpo4rec_jax.models.attention import Causal
 from dpo4rec_jax.weights import Policy, load_policy
 
@@ -78,13 +78,11 @@ def test_rotary_frequencies_equal_hugging_faces_to_float32_rounding(
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = {**hf_models.LLAMA3, "rope_theta": theta}
-    theirs = LlamaConfig(head_dim=head_dim, max_position_embeddings=1 << 17, rope_parameters=rope)
+    given = {**hf_models.LLAMA3, "rope_theta": theta}
+    theirs = LlamaConfig(head_dim=head_dim, max_position_embeddings=1 << 17, rope_parameters=given)
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
-    ours = llama.LlamaConfig(
-        *(97, 48, 80, 2, 4, 2, head_dim), theta, llama.RopeScaling("llama3", 8.0)
-    )
-    np.testing.assert_allclose(llama.rope_frequencies(ours), expected.numpy(), rtol=5e-7)
+    ours = rope.frequencies(head_dim, theta, rope.RopeScaling("llama3", 8.0))
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=5e-7)
 
 
 @pytest.mark.parametrize("name", ["llama-3.2", "qwen-2", "qwen-3"])
@@ -168,7 +166,7 @@ ON_EIGHT_DEVICES = r"""
 import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from dpo4rec_jax.models import llama
+from dpo4rec_jax.models import llama, rope
 from dpo4rec_jax.models.attention import Causal
 from dpo4rec_jax.runtime.mesh import BATCH, make_mesh, shardings
 config = llama.LlamaConfig(128, 32, 48, 2, 4, 2, 8)

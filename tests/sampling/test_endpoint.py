@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import email.utils
-import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-from chat_server import Handler, Respond, Server, answer, completion
+from chat_server import Handler, Respond, Server, answer, completion, serving
 
 from dpo4rec_jax.config import EndpointConfig, InputError
 from dpo4rec_jax.sampling import endpoint as endpoint_module
@@ -22,13 +21,8 @@ MESSAGES = [{"role": "user", "content": "What does this user like? Ünïcode"}]
 def server(monkeypatch) -> Iterator[Server]:
     monkeypatch.setenv("TEST_KEY", KEY)
     monkeypatch.setattr(endpoint_module, "FIRST_WAIT_S", 0.01)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 def ask(server: Server, number: int = 1, **settings) -> list[Reply[int]]:
