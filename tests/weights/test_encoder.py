@@ -236,7 +236,7 @@ def damaged(source: Path, target: Path, damage: str) -> Path:
     [
         ("other architecture", "model_type: expected bert, got 'roberta'"),
         ("other activation", "hidden_act: expected gelu or gelu_new or relu, got 'silu'"),
-        ("no size", "hidden_size: expected a whole number, got None"),
+        ("no size", "hidden_size: expected a whole number from 1, got None"),
         ("missing key", "encoder.layer.1.output.dense.bias: missing"),
         ("unknown key", "encoder.layer.2.output.dense.bias: unknown key"),
         ("other shape", r"word_embeddings.weight: expected shape \(30523, 16\) by config.json"),
