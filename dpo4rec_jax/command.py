@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 
 from dpo4rec_jax.config import InputError
-from dpo4rec_jax.runtime.progress import Stopped
+from dpo4rec_jax.runtime.processes import Failed, Failure, Stopped, this
 
 MAKE_ROOM = "; make room and continue with --resume"
 MAKE_WRITABLE = "; give write permission and continue with --resume"
@@ -39,25 +39,42 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def exit_status(body: Callable[[], None]) -> int:
-    """Runs a command's body: 0 done, 2 the user's mistake, 1 ours, 130/143 stopped by a signal."""
+    """Runs a command's body: 0 done, 2 the user's mistake, 1 ours, 130/143 stopped by a signal.
+
+    Of several processes, all end with the line and the status of the one that failed first.
+    """
     try:
         body()
-    except InputError as error:
-        return _say(f"error: {error}", USERS)
-    except Stopped:
-        return _say("stopped by SIGTERM; continue with --resume", TERMINATED)
-    except KeyboardInterrupt:
-        return _say("interrupted; continue with --resume", INTERRUPTED)
-    except OSError as error:
+    except Failed as other:
+        failure = other.failure
+    except (Exception, Stopped, KeyboardInterrupt) as error:
+        own = _failure(error)
+        if own.status == OURS:
+            traceback.print_exc()
+        failure = this().first(own, may_be_an_echo=isinstance(error, RuntimeError))
+        if failure.line == own.line and own.status == OURS:
+            return this().leave(OURS)  # the traceback has said it
+    else:
+        return this().leave(DONE)
+    print(failure.line, file=sys.stderr)
+    return this().leave(failure.status)
+
+
+def _failure(error: BaseException) -> Failure:
+    """The line that a person reads, and the exit status."""
+    if isinstance(error, InputError):
+        return Failure(f"error: {error}", USERS)
+    if isinstance(error, Stopped):
+        return Failure("stopped by SIGTERM; continue with --resume", TERMINATED)
+    if isinstance(error, KeyboardInterrupt):
+        return Failure("interrupted; continue with --resume", INTERRUPTED)
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         what = WHAT_TO_DO.get(error.errno or 0, "")
-        return _say(f"error: {where}{error.strerror or error}{what}", USERS)
-    except Exception:
-        traceback.print_exc()
-        return OURS
-    return DONE
-
-
-def _say(line: str, status: int) -> int:
-    print(line, file=sys.stderr)
-    return status
+        return Failure(f"error: {where}{error.strerror or error}{what}", USERS)
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return Failure(
+        f"process {this().index} failed: {type(error).__name__}: {reason}; its own output has the "
+        "traceback",
+        OURS,
+    )

@@ -236,9 +236,7 @@ class AlignConfig(Section):
     reference_free: bool = field(False, "take the reference as uniform")
     learning_rate: float = field(1e-5, "peak learning rate", gt=0.0)
     warmup_fraction: float = field(0.1, "share of steps that raise the learning rate", ge=0.0, le=1)
-    decay: Literal["cosine", "linear", "constant"] = field(
-        "cosine", "how the learning rate falls after its peak"
-    )
+    decay: Literal["cosine", "linear", "constant"] = field("cosine", "its fall after the peak")
     weight_decay: float = field(0.0, "decoupled weight decay of matrices", ge=0.0)
     max_grad_norm: float = field(1.0, "clip of the global gradient norm", gt=0.0)
     batch_pairs: Positive = field(32, "pairs an optimizer step")
@@ -264,6 +262,8 @@ class RuntimeConfig(Section):
     mesh: dict[Literal["data", "fsdp", "tensor"], int] = field(
         {"data": -1, "fsdp": 1, "tensor": 1}, "devices along each axis; one may be -1"
     )
+    processes: str = field("auto", "auto: as a scheduler says; off: alone; host:port of process 0")
+    heartbeat_s: Positive = field(40, "silence after which a process counts as dead, seconds")
     attention: Literal["auto", "xla", "cudnn", "splash"] = field("auto", "attention kernel")
     max_skipped: Positive = field(5, "steps in a row without a finite loss that end training")
     cache_dir: str = field("~/.cache/dpo4rec_jax", "downloads and compiled programs")

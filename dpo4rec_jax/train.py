@@ -9,14 +9,18 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dpo4rec_jax import __version__
 from dpo4rec_jax.command import add_config_arguments, exit_status
 from dpo4rec_jax.config import Config, InputError, load_config
+from dpo4rec_jax.runtime import launch
+from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress, Stopped
 from dpo4rec_jax.runtime.tracking import Tracker, tracking
-from dpo4rec_jax.stages.plan import OUTSIDE, Step, inputs_of, plan, selected
+from dpo4rec_jax.stages.plan import OUTSIDE, TOGETHER, Step, inputs_of, plan, selected
 from dpo4rec_jax.workspace import Stage, Workspace, digest_of, rerun
 
 
@@ -70,8 +74,19 @@ def train(options: argparse.Namespace) -> None:
         print(describe(config, workspace, steps))
         return
     progress = Progress()
+    launch.start(config.runtime, progress.stop_requested)
+    this().barrier("command", _asked_for(config, options))
     with workspace.locked(), _stopped_by_signals(progress):
         run(config, workspace, steps, progress, options.resume, options.overwrite)
+        this().barrier("end")
+
+
+def _asked_for(config: Config, options: argparse.Namespace) -> str:
+    """Digest of what must be alike in all processes of a run."""
+    values = config.model_dump(
+        mode="json", exclude={"runtime": {"processes", "heartbeat_s", "cache_dir"}}
+    )
+    return digest_of([values, options.stages, options.resume, options.overwrite, __version__])
 
 
 @contextlib.contextmanager
@@ -93,7 +108,7 @@ def _stopped_by_signals(progress: Progress) -> Iterator[None]:
     try:
         yield
     except Stopped:
-        if received[0] == signal.SIGINT:
+        if received and received[0] == signal.SIGINT:  # else another process was asked to stop
             raise KeyboardInterrupt from None
         raise
     finally:
@@ -122,9 +137,9 @@ def run(
     overwrite: bool = False,
 ) -> None:
     """Takes the steps in order; the workspace must be locked."""
-    same_config = workspace.adopt(config, overwrite=overwrite)
+    same_config = this().from_main(lambda: workspace.adopt(config, overwrite=overwrite))
     _set_up_jax(config)
-    with tracking(config, workspace.path) as tracker:
+    with tracking(config, workspace.path) if this().main else contextlib.nullcontext() as tracker:
         for place, step in enumerate(steps, 1):
             with progress.step(str(step), place, len(steps)):
                 anew = overwrite and same_config
@@ -135,19 +150,27 @@ def run(
         progress.say(f"report: {workspace.path / 'report.html'}")
 
 
-def _take(step: Step, given: Run) -> None:
-    """Runs a step unless it is complete. Raises Stopped where a signal asked for it meanwhile."""
-    workspace, progress = given.workspace, given.progress
+def _to_run(step: Step, given: Run) -> dict[str, Any] | None:
+    """The inputs of a step that must run; None for one that is complete, unless asked anew."""
+    workspace = given.workspace
     inputs = inputs_of(step, given.config, workspace)
     manifest = None if given.anew else workspace.manifest(step.stage, step.round)
-    if manifest is not None and manifest["inputs_digest"] == digest_of(inputs):
-        damaged = workspace.damaged(step.stage, step.round)
-        if damaged:
-            raise InputError(f"{damaged}: damaged or missing; {rerun(step.stage, step.round)}")
-        progress.say(f"{step}: complete")
+    if manifest is None or manifest["inputs_digest"] != digest_of(inputs):
+        return inputs
+    damaged = workspace.damaged(step.stage, step.round)
+    if damaged:
+        raise InputError(f"{damaged}: damaged or missing; {rerun(step.stage, step.round)}")
+    return None
+
+
+def _take(step: Step, given: Run) -> None:
+    """Runs a step unless it is complete. Raises Stopped where a signal asked for it meanwhile."""
+    inputs = this().from_main(partial(_to_run, step, given))
+    if inputs is None:
+        given.progress.say(f"{step}: complete")
         return
     _run_step(step, inputs, given)
-    if progress.stop_requested.is_set():
+    if given.progress.stop_requested.is_set():
         raise Stopped
 
 
@@ -167,16 +190,17 @@ def _run_step(step: Step, inputs: dict, given: Run) -> None:
         with running as directory:
             if not given.resume:
                 log.rewind(0)
-            module.run(
-                Stage(given.config, workspace, step.stage, step.round, directory, log, progress)
-            )
+            stage = Stage(given.config, workspace, step.stage, step.round, directory, log, progress)
+            if this().main or step.stage in TOGETHER:
+                module.run(stage)
             if given.resume:
                 log.settle()
     finally:
         log.close()
-    manifest = workspace.manifest(step.stage, step.round)
-    assert manifest is not None
-    progress.say(f"{step}: done in {manifest['seconds']:.1f} s")
+    if this().main:
+        manifest = workspace.manifest(step.stage, step.round)
+        assert manifest is not None
+        progress.say(f"{step}: done in {manifest['seconds']:.1f} s")
 
 
 def _set_up_jax(config: Config) -> None:

@@ -3,6 +3,9 @@
 A stage's directory carries `manifest.json`: digests of what it read (config sections, upstream
 artifacts, input files), of what it left, the code version and the time taken. It is written last
 and atomically, so a stage is complete exactly when its manifest exists.
+
+Several processes share one workspace: the main one holds the lock and writes, through `write_*`
+and the manifests; the others read what it left behind a barrier.
 """
 
 from __future__ import annotations
@@ -20,14 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from dpo4rec_jax import __version__
 from dpo4rec_jax.config import Config, InputError, dump_config
+from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress
 
 MANIFEST = "manifest.json"
 PARTIAL = "partial.json"
 TEMPORARY = ".*.tmp"  # files that are being written
+SHARED = ".shared"  # by which the processes of a run see that they look at one directory
 BYTES_HASHED_WHOLE = 64 * 2**20
 BYTES_SAMPLED = 2**20
 
@@ -85,7 +91,30 @@ class Workspace:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the workspace for this process; the system frees it when the process ends."""
+        """Holds the workspace for this run; the system frees it when the main process ends.
+
+        Raises InputError where another run holds it, or a process of this one does not see it.
+        """
+        with self._held() if this().main else contextlib.nullcontext():
+            self._check_shared()
+            yield
+
+    def _check_shared(self) -> None:
+        if this().count == 1:
+            return
+        path = self.path / SHARED
+        token = this().from_main(lambda: f"{os.uname().nodename} {os.getpid()} {time.time()}")
+        write_text(path, token)
+        this().barrier("workspace")
+        if not (path.exists() and path.read_text(encoding="utf-8") == token):
+            raise InputError(
+                f"{self.path}: process {this().index} does not see the workspace of process 0; "
+                "give a --workdir on a file system that all processes share"
+            )
+        this().barrier("shared workspace")
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
             try:
@@ -105,13 +134,15 @@ class Workspace:
     def adopt(self, config: Config, *, overwrite: bool) -> bool:
         """Writes config.yaml; True where the workspace already held this config.
 
-        Raises InputError where it holds another one and `overwrite` is not given.
+        Section `runtime` may change: where a run goes on does not change what it is. Raises
+        InputError where the workspace holds another config and `overwrite` is not given.
         """
         path = self.path / "config.yaml"
         text = dump_config(config)
         if path.exists():
             held = path.read_text(encoding="utf-8")
-            if held == text:
+            if _without_runtime(held) == _without_runtime(text):
+                write_text(path, text)
                 return True
             if text.startswith(held):  # a copy of this one that was cut short
                 write_text(path, text)
@@ -152,6 +183,11 @@ class Workspace:
         `outside` names files that the stage leaves at the top of the workspace.
         """
         directory = self.stage_dir(name, round)
+        if not this().main:
+            this().barrier(f"start of {name}")
+            yield directory
+            this().barrier(f"end of {name}")
+            return
         digest = digest_of(inputs)
         if not (keep_partial and _partial_digest(directory) == digest):
             shutil.rmtree(directory, ignore_errors=True)
@@ -161,7 +197,9 @@ class Workspace:
             temporary.unlink()  # of a run that was killed while it wrote
         write_json(directory / PARTIAL, {"inputs": digest})
         began = time.monotonic()
+        this().barrier(f"start of {name}")
         yield directory
+        this().barrier(f"end of {name}")
         (directory / PARTIAL).unlink()
         left = [path for path in sorted(directory.rglob("*")) if path.is_file()]
         files = {
@@ -246,7 +284,10 @@ def parse_json(text: str) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all. Of several processes the main one writes, here and below:
+    in the others these return at once."""
+    if not this().main:
+        return
     with _replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -256,15 +297,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    if not this().main:
+        return
     with _replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Uncompressed npz without pickles: string arrays must have a fixed-width dtype."""
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray], *, own: bool = False) -> None:
+    """Uncompressed npz without pickles: string arrays must have a fixed-width dtype. `own`: a file
+    of this process, whichever it is."""
     for name, array in arrays.items():
         assert array.dtype != object, f"{name}: object arrays would be pickled"
+    if not (own or this().main):
+        return
     with _replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
@@ -287,6 +333,16 @@ def _partial_digest(directory: Path) -> str | None:
         return json.loads((directory / PARTIAL).read_text(encoding="utf-8"))["inputs"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _without_runtime(text: str) -> dict[str, Any] | str:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if not isinstance(values, dict):
+        return text
+    return {name: value for name, value in values.items() if name != "runtime"}
 
 
 def _first_difference(held: str, wanted: str) -> str:

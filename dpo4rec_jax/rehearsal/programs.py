@@ -26,7 +26,13 @@ from dpo4rec_jax.rehearsal.chips import Machine
 from dpo4rec_jax.runtime import state as training
 from dpo4rec_jax.runtime.loader import Shape, batch_of
 from dpo4rec_jax.runtime.loop import Programs, lower
-from dpo4rec_jax.runtime.mesh import BATCH, make_mesh, sampling_mesh, shardings
+from dpo4rec_jax.runtime.mesh import (
+    BATCH,
+    make_mesh,
+    sampling_mesh,
+    shardings,
+    state_shardings,
+)
 from dpo4rec_jax.sampling import plan_layout, steps
 from dpo4rec_jax.sampling.filters import Settings
 from dpo4rec_jax.sampling.layout import Layout
@@ -150,7 +156,7 @@ def alignment(
 def _training_state(
     tuning: Tuning, optimizer: optax.GradientTransformation, accumulating: bool
 ) -> training.TrainState:
-    """The state as `training.create` makes it: moments and sums lie as what they belong to."""
+    """The state as `training.create` makes it, lying as `Tuning.place_state` places it."""
     assert tuning.mesh is not None
     architecture, params = tuning.policy.config, tuning.policy.params
     trainable = params
@@ -165,25 +171,7 @@ def _training_state(
         figures=align.FIGURES if accumulating else None,
     )
     state = jax.eval_shape(create, trainable)
-    everywhere = NamedSharding(tuning.mesh, PartitionSpec())
-    where = jax.tree.map(lambda leaf: leaf.sharding, trainable)
-    lain = dataclasses.replace(
-        abstract(state, lambda _: everywhere),
-        trainable=trainable,
-        optimizer=optax.tree.map_params(
-            optimizer,
-            _struct,
-            state.optimizer,
-            where,
-            transform_non_params=lambda leaf: _struct(leaf, everywhere),
-        ),
-    )
-    if state.pending is None:
-        return lain
-    sums = lain.pending.sums
-    return dataclasses.replace(
-        lain, pending=training.Pending(abstract(state.pending.gradient, where), sums)
-    )
+    return abstract(state, state_shardings(state, tuning.mesh))
 
 
 def _longest(config: Config) -> Shape:

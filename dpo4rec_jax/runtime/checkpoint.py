@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from dpo4rec_jax.config import InputError
+from dpo4rec_jax.runtime.processes import this
 
 Tree = Any
 Nested = Mapping[str, Any]
@@ -21,13 +23,17 @@ Nested = Mapping[str, Any]
 class Checkpoints:
     """Numbered checkpoints of (state, position of the data iterator) under one directory.
 
-    Each is written in the background and appears whole or not at all; the newest `keep` stay.
+    Each is written in the background, by every process its part, and appears whole or not at all;
+    the newest `keep` stay. It may be restored onto another mesh and by other processes.
     Arrays are copied off the device before `save` returns, so the state may be donated.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True
+            max_to_keep=keep,
+            create=True,
+            enable_async_checkpointing=True,
+            single_host_load_and_broadcast=this().count > 1,  # all see the same newest one
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -91,8 +97,17 @@ class Checkpoints:
         self.close()
 
 
+def discard(directory: Path) -> None:
+    """Removes checkpoints whose result is kept elsewhere, once every process is done with them."""
+    this().barrier("checkpoints served")
+    if this().main:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def save_arrays(path: Path, tree: Nested, metadata: Mapping[str, str] | None = None) -> None:
     """Writes nested dicts of arrays as one safetensors file, names joined by "/", atomically."""
+    if not this().main:
+        return
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _flatten(tree)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

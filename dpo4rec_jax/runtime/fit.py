@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from dpo4rec_jax.config import InputError
+from dpo4rec_jax.runtime.mesh import MEMBERS, on_host, place
 from dpo4rec_jax.runtime.optimizer import learning_rate_schedule
 
 Tree = Any
@@ -116,6 +118,7 @@ def fit(
     schedule: Schedule,
     on_epoch: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
     max_skipped: int = 5,
+    mesh: Mesh | None = None,
 ) -> Fitted:
     """Trains all members until each has run out of patience or of epochs.
 
@@ -126,37 +129,48 @@ def fit(
 
     A step whose loss or gradient is not finite leaves a member as it was; after `max_skipped` in a
     row Diverged is raised.
+
+    On a `mesh` each device trains its share of the members, with all the data and without a word
+    to the others.
     """
+    num_members = len(draws_RL)
     pool_RT, steps = _pools(draws_RL, schedule.batch)
     state = first_state(params_R, key, schedule.optimizer(steps))
+    if mesh is not None:
+        pool_RT, state, data = _spread(mesh, num_members, pool_RT, state, data)
+
+    def of_members(value: Tree) -> Any:
+        return jax.tree.map(lambda leaf: leaf[:num_members], on_host(value))
+
     losses, validations, capacity = [], [], 0
-    skipped = _Skipped(len(draws_RL), max_skipped)
+    skipped = _Skipped(num_members, max_skipped)
 
     def fitted() -> Fitted:
         return Fitted(
-            params_R=state.best_params,
-            best_R=np.asarray(state.best),
-            best_epoch_R=np.asarray(state.best_epoch),
+            params_R=of_members(state.best_params),
+            best_R=of_members(state.best),
+            best_epoch_R=of_members(state.best_epoch),
             loss_ER=np.stack(losses),
             validation_ER=np.stack(validations),
             skipped_R=skipped.count_R,
         )
 
     for epoch in range(schedule.epochs):
-        order_RSB = _shuffled(pool_RT, state.key, jnp.int32(epoch), steps)
+        number = np.int32(epoch)
+        order_RSB = _shuffled(pool_RT, state.key, number, steps, mesh)
         if problem.demand is not None:
-            need = int(_largest_demand(problem.demand, data, order_RSB))
+            need = int(on_host(_largest_demand(problem.demand, data, order_RSB, mesh)).max())
             capacity = max(capacity, -(-need // CAPACITY_STEP) * CAPACITY_STEP)
         state, loss_R, skipped_RS, validation_R = run_epoch(
-            problem, schedule, steps, capacity, state, data, order_RSB, jnp.int32(epoch)
+            problem, schedule, steps, capacity, state, data, order_RSB, number, mesh=mesh
         )
-        losses.append(np.asarray(loss_R))
-        validations.append(np.asarray(validation_R))
-        if batches := skipped.too_many(epoch, np.asarray(skipped_RS), order_RSB):
+        losses.append(of_members(loss_R))
+        validations.append(of_members(validation_R))
+        if batches := skipped.too_many(epoch, of_members(skipped_RS), of_members(order_RSB)):
             raise Diverged(batches, fitted())
         if on_epoch is not None:
             on_epoch(epoch, losses[-1], validations[-1])
-        if (np.asarray(state.stale) >= schedule.patience).all():
+        if (of_members(state.stale) >= schedule.patience).all():
             break
     return fitted()
 
@@ -170,7 +184,7 @@ class _Skipped:
         self._rows: list[list[dict[str, Any]]] = [[] for _ in range(members)]  # in a row, up to now
 
     def too_many(
-        self, epoch: int, skipped_RS: np.ndarray, order_RSB: jax.Array
+        self, epoch: int, skipped_RS: np.ndarray, order_RSB: np.ndarray
     ) -> list[dict[str, Any]]:
         """The batches of a member that skipped too many in a row by now; empty without one."""
         self.count_R += skipped_RS.sum(1)
@@ -183,13 +197,48 @@ class _Skipped:
                 if not skipped:
                     row.clear()
                     continue
-                index_B = np.asarray(order_RSB[member, step])
+                index_B = order_RSB[member, step]
                 examples = index_B[index_B >= 0].tolist()
                 named = {"member": member, "epoch": epoch, "step": step, "examples": examples}
                 row.append(named)
                 if len(row) == self._most:
                     return row
         return []
+
+
+def _spread(
+    mesh: Mesh, num_members: int, pool_RT: jax.Array, state: Member, data: Tree
+) -> tuple[jax.Array, Member, Tree]:
+    """Members over the devices, as many on each: copies of the first ones fill up. Data whole."""
+    size = -(-num_members // mesh.size) * mesh.size
+    index_R = np.arange(size) % num_members
+    own, whole = NamedSharding(mesh, MEMBERS), NamedSharding(mesh, PartitionSpec())
+
+    def spread(value: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return place(np.asarray(value)[index_R], own)
+        bits = place(np.asarray(jax.random.key_data(value))[index_R], own)
+        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(value))
+
+    placed = jax.tree.map(lambda value: place(value, whole), data)
+    return spread(pool_RT), jax.tree.map(spread, state), placed
+
+
+def _each_device(function: Callable, mesh: Mesh | None, whole: int) -> Callable:
+    """A function of stacked members, on a mesh run by each device on its own; the last `whole`
+    arguments are the same for all of them."""
+    if mesh is None:
+        return function
+
+    def on_devices(*arguments: Any) -> Any:
+        own = [MEMBERS] * (len(arguments) - whole)
+        specs = (*own, *[PartitionSpec()] * whole)
+        # No collective is in it, so there is nothing to check (and flax's scans fail the check).
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=MEMBERS, check_vma=False
+        )(*arguments)
+
+    return on_devices
 
 
 def first_state(params_R: Tree, key: jax.Array, optimizer: optax.GradientTransformation) -> Member:
@@ -219,24 +268,35 @@ def _pools(draws_RL: np.ndarray, batch: int) -> tuple[jax.Array, int]:
     return jnp.asarray(pool_RT), steps
 
 
-@partial(jax.jit, static_argnums=3)
-def _shuffled(pool_RT: jax.Array, key_R: jax.Array, epoch: jax.Array, steps: int) -> jax.Array:
+@partial(jax.jit, static_argnums=(3, 4))
+def _shuffled(
+    pool_RT: jax.Array, key_R: jax.Array, epoch: jax.Array, steps: int, mesh: Mesh | None
+) -> jax.Array:
     """Batches of an epoch; the padding is shuffled in, so that all batches are about as full."""
 
-    def one(pool_T, key):
+    def one(pool_T, key, epoch):
         bits_T = jax.random.bits(jax.random.fold_in(key, 2 * epoch), pool_T.shape)
         return jax.lax.sort_key_val(bits_T, pool_T)[1].reshape(steps, -1)
 
-    return jax.vmap(one)(pool_RT, key_R)
+    shuffle = jax.vmap(one, in_axes=(0, 0, None))
+    return _each_device(shuffle, mesh, whole=1)(pool_RT, key_R, epoch)
 
 
-@partial(jax.jit, static_argnums=0)
-def _largest_demand(demand: Callable, data: Tree, order_RSB: jax.Array) -> jax.Array:
-    flat = order_RSB.reshape(-1, order_RSB.shape[-1])
-    return jax.lax.map(lambda index_B: demand(data, jnp.maximum(index_B, 0)), flat).max()
+@partial(jax.jit, static_argnums=(0, 3))
+def _largest_demand(
+    demand: Callable, data: Tree, order_RSB: jax.Array, mesh: Mesh | None
+) -> jax.Array:
+    """The largest of each device's members."""
+
+    def largest(order_RSB: jax.Array, data: Tree) -> jax.Array:
+        flat = order_RSB.reshape(-1, order_RSB.shape[-1])
+        need_x = jax.lax.map(lambda index_B: demand(data, jnp.maximum(index_B, 0)), flat)
+        return need_x.max(keepdims=True)
+
+    return _each_device(largest, mesh, whole=1)(order_RSB, data)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="mesh", donate_argnums=4)
 def run_epoch(
     problem: Problem,
     schedule: Schedule,
@@ -246,12 +306,13 @@ def run_epoch(
     data: Tree,
     order_RSB: jax.Array,
     epoch: jax.Array,
+    mesh: Mesh | None = None,
 ) -> tuple[Member, jax.Array, jax.Array, jax.Array]:
     """One pass of every member over its batches: the new state, mean losses of the steps taken,
     which steps were skipped, validation metrics."""
     optimizer = schedule.optimizer(steps)
 
-    def train(state: Member, order_SB: jax.Array):
+    def train(state: Member, order_SB: jax.Array, data: Tree, epoch: jax.Array):
         epoch_key = jax.random.fold_in(state.key, 2 * epoch + 1)
         drawn = problem.draw(data, epoch_key)
 
@@ -280,7 +341,8 @@ def run_epoch(
         loss = jnp.where(finite_S, loss_S, 0.0).sum() / finite_S.sum()
         return state, loss, ~finite_S, validation
 
-    return jax.vmap(train)(state_R, order_RSB)
+    train_all = jax.vmap(train, in_axes=(0, 0, None, None))
+    return _each_device(train_all, mesh, whole=2)(state_R, order_RSB, data, epoch)
 
 
 def _keep_best(state: Member, validation: jax.Array, epoch: jax.Array, patience: int) -> Member:

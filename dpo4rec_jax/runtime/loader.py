@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from dpo4rec_jax.config import InputError
+
 Tokens = Sequence[int]
 
 MOST_SHAPES_MERGED = 96  # merging is cubic in the number of different shapes
@@ -140,11 +142,19 @@ class Feed(Iterator[tuple[Microbatch, dict[str, np.ndarray]]]):
     @property
     def position(self) -> dict[str, Any]:
         """JSON-able; what was read ahead but not yet returned does not count."""
-        return self._iterator.get_state()
+        return {**self._iterator.get_state(), "microbatches": len(self.microbatches)}
 
     @position.setter
     def position(self, position: Mapping[str, Any]) -> None:
-        self._iterator.set_state(dict(position))
+        state, cut = dict(position), len(self.microbatches)
+        before = state.pop("microbatches", cut)
+        if before != cut:
+            raise InputError(
+                f"the run was cut into {before} microbatches and is now cut into {cut}, so its "
+                "place cannot be told; resume with the microbatch size and the mesh (data x fsdp) "
+                "that it began with, or run without --resume"
+            )
+        self._iterator.set_state(state)
 
 
 class _Source:

@@ -20,6 +20,7 @@ from dpo4rec_jax.config import InputError
 from dpo4rec_jax.runtime import state as training
 from dpo4rec_jax.runtime.checkpoint import Checkpoints
 from dpo4rec_jax.runtime.loader import Feed, Microbatch
+from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress, Stopped, Task
 from dpo4rec_jax.runtime.state import Loss, TrainState, Tree
 from dpo4rec_jax.workspace import write_json
@@ -63,7 +64,10 @@ class Trainer:
         state, done = self._restored(state, feed, checkpoints)
         programs = Programs(self.loss, self.optimizer, self.schedule)
         meter = _Meter(self, step=int(state.step), programs=programs)
-        with self.progress.track(self.description, len(feed.microbatches), "microbatches") as task:
+        microbatches = len(feed.microbatches)
+        with self.progress.track(
+            self.description, microbatches, "microbatches", lockstep=True
+        ) as task:
             _advance(task, done)
             try:
                 for microbatch, arrays in feed:
@@ -80,6 +84,7 @@ class Trainer:
                 if checkpoints:
                     checkpoints.save(done, state, feed.position)
                     checkpoints.wait()
+                this().barrier("saved", while_stopping=True)
                 if isinstance(reason, _Diverged):
                     raise InputError(self._diagnosed(reason)) from None
                 meter.finish()

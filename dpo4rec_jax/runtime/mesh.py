@@ -7,6 +7,7 @@ the program with the rule to add; nothing is sharded or replicated by default.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -14,12 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dpo4rec_jax.config import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
+MEMBERS = PartitionSpec(AXES)  # whole re-rankers in training, stacked: each device has its own
 
 WHOLE = ()  # of any rank, a copy on every device
 
@@ -47,7 +50,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def make_mesh(sizes: Mapping[Any, int], devices: list[Any] | None = None) -> Mesh:
     """A mesh over all devices (or the given ones); one of the sizes may be -1: what is left.
 
-    Raises InputError where the sizes do not multiply to the number of devices.
+    Raises InputError where the sizes do not multiply to the number of devices, or do not let the
+    slices lie along `data` and `fsdp`.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes.get(axis, 1) for axis in AXES]
@@ -60,7 +64,66 @@ def make_mesh(sizes: Mapping[Any, int], devices: list[Any] | None = None) -> Mes
             f"runtime.mesh: expected sizes that multiply to the {len(devices)} devices (one may "
             f"be -1), got {wanted}"
         )
-    return Mesh(np.asarray(devices).reshape(shape), AXES)
+    return Mesh(arranged(devices, (shape[0], shape[1], shape[2])), AXES)
+
+
+def arranged(devices: list[Any], shape: tuple[int, int, int]) -> np.ndarray:
+    """The devices in the order of a mesh of this shape.
+
+    Slices, between which the slower data-centre network lies, follow each other along `data`, then
+    `fsdp`, never along `tensor`. Within a slice TPUs lie as their torus suggests, others in the
+    order given: `tensor`, the last axis, within a machine.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        along_data = math.gcd(shape[0], slices)
+        along_fsdp = slices // along_data
+        if shape[1] % along_fsdp:
+            raise InputError(
+                f"runtime.mesh: expected data x fsdp that divides into the {slices} slices, got "
+                f"data: {shape[0]}, fsdp: {shape[1]}; make data a multiple of {slices}"
+            )
+        within = (shape[0] // along_data, shape[1] // along_fsdp, shape[2])
+        return mesh_utils.create_hybrid_device_mesh(
+            within, (along_data, along_fsdp, 1), devices, allow_split_physical_axes=True
+        )
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Values, whole in every process, as arrays of these shardings, which may reach devices of
+    other processes: each process keeps its part. An array that lies so already stays."""
+
+    def placed(value: Any, sharding: Any) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(value, sharding)
+        if isinstance(value, jax.Array) and value.sharding == sharding:
+            return value
+        host = np.asarray(value)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(placed, tree, shardings)
+
+
+def on_host(tree: Any) -> Any:
+    """Numpy copies of arrays, whole in every process; all processes must ask alike."""
+
+    def copied(value: Any) -> np.ndarray:
+        here = not isinstance(value, jax.Array) or value.is_fully_addressable
+        if not (here or value.is_fully_replicated):
+            sharding = value.sharding
+            assert isinstance(sharding, NamedSharding)
+            value = _whole(sharding.mesh)(value)
+        return np.asarray(value)
+
+    return jax.tree.map(copied, tree)
+
+
+@functools.lru_cache(maxsize=8)
+def _whole(mesh: Any) -> Any:
+    return jax.jit(lambda value: value, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def sampling_mesh(sizes: Mapping[Any, int], devices: list[Any]) -> Mesh:
@@ -101,7 +164,34 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, root: str = "") -> Any:
     """
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = root + "/".join(str(getattr(part, "key", part)) for part in path)
-        return NamedSharding(mesh, spec(name, leaf.shape, mesh))
+        return NamedSharding(mesh, spec(root + "/".join(_names(path)), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The sharding of every leaf of a training state: moments and gradients lie as the parameter
+    whose path theirs ends with, counters and sums whole on every device.
+
+    Raises InputError for another leaf.
+    """
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        if not leaf.shape:
+            return NamedSharding(mesh, PartitionSpec())
+        names = _names(path)
+        ends = ["/".join(names[start:]) for start in range(len(names))]
+        known = [end for end in ends if any(re.fullmatch(pattern, end) for pattern, _ in RULES)]
+        return NamedSharding(mesh, spec(known[0] if known else ends[0], leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, state)
+
+
+def place_state(state: Any, mesh: Mesh | None) -> Any:
+    """A training state as the rules say; as it is without a mesh."""
+    return state if mesh is None else place(state, state_shardings(state, mesh))
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    """The parts of a leaf's path as words, of dicts, dataclasses and tuples."""
+    return [str(getattr(part, "key", getattr(part, "name", part))) for part in path]

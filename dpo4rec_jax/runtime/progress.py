@@ -22,26 +22,26 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from dpo4rec_jax.runtime.processes import Stopped, this
 from dpo4rec_jax.runtime.tracking import Tracker
 
 SECONDS_BETWEEN_LINES = 10.0
 SILENCE_SECONDS = 20.0  # after which a step without a line says that it is alive
 
 
-class Stopped(BaseException):
-    """SIGTERM arrived; raised at the next `Task.advance`, where stages may save and re-raise."""
-
-
 class Task:
     """One counted piece of work; `advance` is also where a stop request takes effect."""
 
-    def __init__(self, progress: Progress, description: str, total: int, unit: str):
+    def __init__(
+        self, progress: Progress, description: str, total: int, unit: str, lockstep: bool = False
+    ):
         self._progress, self._description, self._total, self._unit = (
             progress,
             description,
             total,
             unit,
         )
+        self._lockstep = lockstep
         self._done = 0
         self._began = self._line_at = time.monotonic()
         self._bar = progress.begin_bar(f"  {description}", total)
@@ -56,8 +56,14 @@ class Task:
         if not self._progress.interactive and now - self._line_at >= SECONDS_BETWEEN_LINES:
             self._line_at = now
             self._progress.say(f"  {self._description}: {self._rate(now)}  {shown}".rstrip())
-        if self._progress.stop_requested.is_set():
+        if self._stops_here():
             raise Stopped
+
+    def _stops_here(self) -> bool:
+        if self._lockstep and this().count > 1:
+            return this().stops_here()
+        this().check()
+        return self._progress.stop_requested.is_set()
 
     def _rate(self, now: float) -> str:
         rate = self._done / max(now - self._began, 1e-9)
@@ -69,7 +75,7 @@ class Task:
 class Progress:
     """Bars on a terminal, a step's tasks under the step; elsewhere a plain line every 10 s.
 
-    The stop request is thread-safe.
+    The stop request is thread-safe. Of several processes, the main one tells.
     """
 
     def __init__(self, console: Console | None = None):
@@ -81,7 +87,8 @@ class Progress:
 
     def say(self, line: str) -> None:
         self._said_at = time.monotonic()
-        self.console.print(line, markup=False, soft_wrap=True)
+        if this().main:
+            self.console.print(line, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def step(self, name: str, place: int, total: int) -> Iterator[None]:
@@ -107,16 +114,19 @@ class Progress:
             self.end_bar(bar)
 
     @contextlib.contextmanager
-    def track(self, description: str, total: int, unit: str = "") -> Iterator[Task]:
-        """A Task of `total` units; several may be open at once (nested bars)."""
-        task = Task(self, description, total, unit)
+    def track(
+        self, description: str, total: int, unit: str = "", *, lockstep: bool = False
+    ) -> Iterator[Task]:
+        """A Task of `total` units; several may be open at once (nested bars). `lockstep`: every
+        process advances it alike, and all stop at the same place."""
+        task = Task(self, description, total, unit, lockstep)
         try:
             yield task
         finally:
             self.end_bar(task._bar)
 
     def begin_bar(self, description: str, total: int, done: int = 0) -> int | None:
-        if not self.interactive:
+        if not (self.interactive and this().main):
             return None
         if self._rich is None:
             columns = (
@@ -146,7 +156,7 @@ class Progress:
 
 class MetricsLog:
     """Appends to metrics.jsonl and to TensorBoard events, for one stage of one round; to `tracker`
-    as well where there is one."""
+    as well where there is one. Of several processes, the main one writes."""
 
     def __init__(
         self, directory: Path, stage: str, round: int | None, tracker: Tracker | None = None
@@ -156,10 +166,13 @@ class MetricsLog:
         self._path = directory / "metrics.jsonl"
         self._tensorboard = None
         self._lock = threading.Lock()
-        _drop_cut_line(self._path)
+        if this().main:
+            _drop_cut_line(self._path)
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """One line: time, stage, round, step and the values (NaN and infinities as null)."""
+        if not this().main:
+            return
         finite = {
             name: float(value) if math.isfinite(value) else None for name, value in values.items()
         }
@@ -206,6 +219,8 @@ class MetricsLog:
         return found
 
     def _rewrite(self, lines: Iterable[str]) -> None:
+        if not this().main:
+            return
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         temporary.write_text("".join(lines), encoding="utf-8")
         temporary.replace(self._path)

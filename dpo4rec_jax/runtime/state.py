@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, UInt32
+
+from dpo4rec_jax.runtime.mesh import on_host
 
 Tree = Any
 Batch = Mapping[str, Any]
@@ -169,7 +170,7 @@ def fingerprint(tree: Tree) -> str:
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        sums = np.asarray(_sum_of_bits(jnp.asarray(leaf)))
+        sums = on_host(_sum_of_bits(jnp.asarray(leaf)))
         name = f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}"
         digest.update(name.encode() + sums.tobytes())
     return digest.hexdigest()

@@ -14,15 +14,16 @@ class Parts:
     """The unfinished `{name}.jsonl` of a directory: one part file a process, lines appended.
 
     A group is the texts of one (kind, id), written together by one `append` (or, where texts come
-    one by one, in several). What a kill cut off, at most the last line, is dropped on opening.
+    one by one, in several). What a kill cut off, at most the last line of a file, is dropped when
+    process 0 opens the parts; the others must not write before.
     """
 
     def __init__(self, directory: Path, name: str, process: int = 0):
         self._directory, self._name = directory, name
         self._own = directory / f"{name}.part{process}.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
-        if self._own.exists():
-            _drop_cut_line(self._own)
+        for path in self._paths() if process == 0 else ():
+            _drop_cut_line(path)
 
     def records(self) -> list[TextRecord]:
         """All texts so far, of every process."""

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import math
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +28,11 @@ from jaxtyping import Array
 from dpo4rec_jax.config import AlignConfig, InputError
 from dpo4rec_jax.objectives import dpo_loss
 from dpo4rec_jax.runtime import state as training
-from dpo4rec_jax.runtime.checkpoint import Checkpoints
+from dpo4rec_jax.runtime.checkpoint import Checkpoints, discard
 from dpo4rec_jax.runtime.loader import Feed, Microbatch, Rows, in_order, shuffled
 from dpo4rec_jax.runtime.loop import Trainer
 from dpo4rec_jax.runtime.optimizer import adamw, learning_rate_schedule
+from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.runtime.state import Batch, Loss, Sums, Tree
 from dpo4rec_jax.stages.tuning import Tuning, load, seed_of, tuning_of, weighted_sum
 from dpo4rec_jax.workspace import Stage, write_json, write_npz
@@ -111,7 +111,7 @@ def run(stage: Stage) -> None:
         },
     )
     # They served to continue a killed run; what they would restore is saved above.
-    shutil.rmtree(stage.directory / "checkpoints", ignore_errors=True)
+    discard(stage.directory / "checkpoints")
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -227,16 +227,23 @@ def reference_logps(stage: Stage, tuning: Tuning, rows: Rows, size: int) -> np.n
     Kept in reference.npz under the digest of weights and tokens, and computed once.
     """
     path, digest = stage.directory / "reference.npz", _digest(tuning.policy.params, rows)
-    unreadable = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
-    with contextlib.suppress(*unreadable), np.load(path, allow_pickle=False) as kept:
-        if str(kept["digest"]) == digest:
+    if this().from_main(lambda: _kept_digest(path)) == digest:
+        with np.load(path, allow_pickle=False) as kept:
             return kept["logp_BP"]
     max_shapes = stage.config.align.max_shapes
-    with stage.progress.track("reference log-probabilities", len(rows), "pairs") as task:
+    with stage.progress.track(
+        "reference log-probabilities", len(rows), "pairs", lockstep=True
+    ) as task:
         logp_BP = policy_logps(tuning, rows, size, max_shapes, task.advance)
-    if jax.process_index() == 0:
-        write_npz(path, {"digest": np.array(digest), "logp_BP": logp_BP})
+    write_npz(path, {"digest": np.array(digest), "logp_BP": logp_BP})
     return logp_BP
+
+
+def _kept_digest(path: Path) -> str | None:
+    """What reference.npz was computed of; None where it is missing or damaged."""
+    unreadable = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+    with contextlib.suppress(*unreadable), np.load(path, allow_pickle=False) as kept:
+        return str(kept["digest"]) if kept["logp_BP"].size else None
 
 
 def policy_logps(
@@ -267,7 +274,7 @@ def evaluate(
         return {}
     compute = jax.jit(loss, static_argnums=3)
     microbatches = in_order(rows, size, max_shapes=stage.config.align.max_shapes)
-    with stage.progress.track("held-out pairs", len(rows), "pairs") as task:
+    with stage.progress.track("held-out pairs", len(rows), "pairs", lockstep=True) as task:
         results = tuning.for_each(
             lambda batch: compute(trainable, frozen, batch, None),
             rows,
@@ -283,13 +290,19 @@ def evaluate(
 def _held_out_before(stage: Stage, *arguments: Any) -> dict[str, float]:
     """Evaluated before training; a continued run reads what its first part found."""
     path = stage.directory / "before.json"
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
+    kept = this().from_main(lambda: _read_json(path))
+    if kept is not None:
+        return kept
     before = evaluate(stage, *arguments)
     if before:
         stage.log.write(0, {f"heldout/{name}": value for name, value in before.items()})
     write_json(path, before)
     return before
+
+
+def _read_json(path: Path) -> dict[str, float] | None:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def doubts(

@@ -19,8 +19,9 @@ from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.prepared import Prepared
 from dpo4rec_jax.data.texts import iterate_records, read_texts
+from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.weights import Encoder, load_encoder, load_policy
-from dpo4rec_jax.workspace import Stage, write_json
+from dpo4rec_jax.workspace import Stage, write_json, write_npz
 
 TextLists = dict[str, list[str]]
 
@@ -80,19 +81,46 @@ class _Work:
     def _encode(
         self, name: str, texts: Sequence[str], histories: Sequence[str] | None
     ) -> Float32[np.ndarray, "n F"]:
-        config, self.counts[name] = self.stage.config.encode, Counter()
-        with self.stage.progress.track(f"encode {name}", len(texts), "texts") as task:
-            return self.encoder.encode(
-                texts,
-                histories,
+        config, counts = self.stage.config.encode, Counter()
+        own = _own_share(texts, histories)
+        with self.stage.progress.track(f"encode {name}", len(own), "texts") as task:
+            vector_xF = self.encoder.encode(
+                [texts[place] for place in own],
+                None if histories is None else [histories[place] for place in own],
                 max_tokens=config.max_tokens,
                 batch_tokens=config.batch_tokens,
-                counts=self.counts[name],
+                counts=counts,
                 advance=task.advance,
             )
+        if this().count > 1:
+            vector_xF, counts = self._joined(name, own, vector_xF, counts, len(texts))
+        self.counts[name] = counts
+        return vector_xF
+
+    def _joined(
+        self, name: str, own: list[int], vector_xF: np.ndarray, counts: Counter[str], total: int
+    ) -> tuple[Float32[np.ndarray, "n F"], Counter[str]]:
+        """What all processes encoded, which each leaves in a part file for the others."""
+        parts = [self.stage.directory / f"{name}.part{i}.npz" for i in range(this().count)]
+        tally = {f"count/{key}": np.array(number) for key, number in counts.items()}
+        arrays = {"place_x": np.array(own, np.int64), "vector_xF": vector_xF} | tally
+        write_npz(parts[this().index], arrays, own=True)
+        this().barrier(f"{name} encoded")
+        all_xF, sums = np.zeros((total, self.encoder.features), np.float32), Counter[str]()
+        for part in parts:
+            with np.load(part, allow_pickle=False) as file:
+                all_xF[file["place_x"]] = file["vector_xF"]
+                keys = [key for key in file.files if key.startswith("count/")]
+                sums.update({key.removeprefix("count/"): int(file[key]) for key in keys})
+        this().barrier(f"{name} joined")
+        return all_xF, sums
 
     def report(self) -> None:
-        """Counts into counts.json and the log; what a person should know is said."""
+        """Counts into counts.json and the log; what a person should know is said. The part files
+        have served."""
+        if this().main:
+            for part in self.stage.directory.glob("*.part*.npz"):
+                part.unlink()
         write_json(self.stage.directory / "counts.json", self.counts)
         for name, counts in self.counts.items():
             self.stage.log.write(0, {f"{name}_{key}": float(n) for key, n in counts.items()})
@@ -103,6 +131,14 @@ class _Work:
                     f"  {name}: {cut} texts cut to {limit} tokens (encode.max_tokens), "
                     f"{missing} without a text"
                 )
+
+
+def _own_share(texts: Sequence[str], histories: Sequence[str] | None) -> list[int]:
+    """Which texts this process encodes: all copies of a text fall to one process."""
+    number: dict[tuple[str, str], int] = {}
+    pairs = enumerate(zip(histories or [""] * len(texts), texts, strict=True))
+    owners = ((place, number.setdefault(pair, len(number))) for place, pair in pairs)
+    return [place for place, distinct in owners if distinct % this().count == this().index]
 
 
 def _encoder(stage: Stage) -> Encoder:

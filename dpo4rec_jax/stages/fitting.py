@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Int32
 
 from dpo4rec_jax.config import InputError, RankConfig
@@ -41,6 +42,7 @@ def fit_arm(
     fold_U: Int32[np.ndarray, " U"] | None = None,
     on_epoch: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
     max_skipped: int = 5,
+    mesh: Mesh | None = None,
 ) -> tuple[Members, Fitted]:
     """Trains `rank.seeds` members on all training users and, given folds, one more a fold that
     never draws a list of that fold's users. All are selected on the validation users.
@@ -69,6 +71,7 @@ def fit_arm(
         schedule_of(rank),
         on_epoch,
         max_skipped,
+        mesh,
     )
     if not np.isfinite(fitted.loss_ER).any(0).all() or not np.isfinite(fitted.best_R).all():
         raise InputError(

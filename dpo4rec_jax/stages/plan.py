@@ -27,6 +27,9 @@ STAGES = (
     "report",
 )
 
+# The stages that all processes of a run take part in; the main one takes the others alone.
+TOGETHER = ("warmup", "reason", "encode", "rank", "align")
+
 SECTIONS = {
     "prepare": ("data",),
     "warmup": ("policy", "warmup"),

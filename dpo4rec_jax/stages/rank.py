@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.knowledge import Knowledge
@@ -15,8 +16,10 @@ from dpo4rec_jax.data.prepared import TRAIN, Prepared
 from dpo4rec_jax.models.backbones import backbone_of
 from dpo4rec_jax.runtime.checkpoint import save_arrays
 from dpo4rec_jax.runtime.fit import Diverged, Fitted
+from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.stages.arms import Arm, arms_of, folds_of, knowledge_of, lists_of
 from dpo4rec_jax.stages.fitting import fit_arm
+from dpo4rec_jax.stages.tuning import mesh_of
 from dpo4rec_jax.weights.reranker import Members, load_members, save_members
 from dpo4rec_jax.workspace import Stage, write_json, write_npz
 
@@ -34,16 +37,20 @@ def run(stage: Stage) -> None:
     none = np.full(len(prepared.user_id), -1, np.int32)
     write_npz(stage.directory / "fold.npz", {"fold_U": none if fold_U is None else fold_U})
     arms = arms_of(config, stage.workspace, stage.round)
-    waiting = [arm for arm in arms if not _is_whole(stage.directory, arm.name)]
+    done = this().from_main(lambda: [_is_whole(stage.directory, arm.name) for arm in arms])
+    waiting = [arm for arm, whole in zip(arms, done, strict=True) if not whole]
+    mesh = mesh_of(config)
 
     def train(arm: Arm) -> None:
-        members, fitted = _fit(stage, arm, prepared, fold_U if arm.judge else None)
+        members, fitted = _fit(stage, arm, prepared, fold_U if arm.judge else None, mesh)
         save_members(stage.directory / f"{arm.name}.safetensors", members)
         write_json(stage.directory / f"{arm.name}.json", _summary(members, fitted))
 
     backbone_of(config.rank.backbone)  # imported before the threads would import it together
-    # On CPU one arm compiles (on one core) while another trains.
-    with ThreadPoolExecutor(max(1, len(waiting)) if jax.default_backend() == "cpu" else 1) as pool:
+    # On one CPU device an arm compiles (on one core) while another trains; on several devices all
+    # processes must start the same programs in the same order.
+    at_once = len(waiting) if mesh is None and jax.default_backend() == "cpu" else 1
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
         list(pool.map(train, waiting))
 
 
@@ -57,14 +64,16 @@ def _is_whole(directory: Path, arm: str) -> bool:
 
 
 def _fit(
-    stage: Stage, arm: Arm, prepared: Prepared, fold_U: np.ndarray | None
+    stage: Stage, arm: Arm, prepared: Prepared, fold_U: np.ndarray | None, mesh: Mesh | None
 ) -> tuple[Members, Fitted]:
     rank = stage.config.rank
     knowledge = knowledge_of(arm, prepared)
     if knowledge is not None and rank.user_text == "best" and stage.round:
         knowledge = _best_of_last_round(stage, knowledge, prepared)
     lists = lists_of(prepared, knowledge, rank, stage.config.seed)
-    with stage.progress.track(f"{arm.name}: {rank.backbone}", rank.epochs, "epochs") as task:
+    with stage.progress.track(
+        f"{arm.name}: {rank.backbone}", rank.epochs, "epochs", lockstep=True
+    ) as task:
 
         def on_epoch(epoch: int, loss_R: np.ndarray, validation_R: np.ndarray) -> None:
             seeds = slice(0, rank.seeds)
@@ -78,7 +87,7 @@ def _fit(
         # The same seeds in every arm and round: their difference is then the knowledge's.
         arguments = prepared, lists, rank, stage.config.seed, fold_U, on_epoch
         try:
-            members, fitted = fit_arm(*arguments, stage.config.runtime.max_skipped)
+            members, fitted = fit_arm(*arguments, stage.config.runtime.max_skipped, mesh)
         except Diverged as diverged:
             raise InputError(_diagnosed(stage, arm, diverged)) from None
     if skipped := int(fitted.skipped_R.sum()):

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dpo4rec_jax.config import InputError, ReasonConfig
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
 from dpo4rec_jax.data.prompts import Prompt
 from dpo4rec_jax.data.texts import Kind, TextRecord, read_records, read_texts, write_records
 from dpo4rec_jax.runtime.mesh import sampling_mesh
+from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.sampling import Completion, Figures, plan_layout, stream
 from dpo4rec_jax.sampling.endpoint import Endpoint, Request
 from dpo4rec_jax.sampling.parts import Parts
@@ -56,7 +56,8 @@ class Job:
         return [(self.kind, prompt.id, n) for prompt, count in pairs for n in range(count)]
 
 
-Writer = Callable[[Job, Parts], None]
+# What is to be written, where to, and what is there already.
+Writer = Callable[[Job, Parts, Sequence[TextRecord]], None]
 
 
 def run(stage: Stage) -> None:
@@ -73,7 +74,8 @@ def run(stage: Stage) -> None:
 
     if not first:
         items_path = stage.workspace.stage_dir("reason", 0) / "items.jsonl"
-        shutil.copyfile(items_path, stage.directory / "items.jsonl")
+        if this().main:
+            shutil.copyfile(items_path, stage.directory / "items.jsonl")
         return
     if not _given_items(stage, prepared):
         _write(stage, _item_job(stage, prepared), writer)
@@ -97,24 +99,27 @@ def _item_job(stage: Stage, prepared: Prepared) -> Job:
 def _write(stage: Stage, job: Job, writer: Writer) -> list[TextRecord]:
     """Lets the writer finish the job, then puts `{name}.jsonl` in order; returns its texts."""
     path = stage.directory / f"{job.name}.jsonl"
-    if path.exists():  # an interrupted run got further than this
-        with contextlib.suppress(InputError):
-            records = read_records(path)
-            if [(record.kind, record.id, record.sample) for record in records] == job.texts():
-                return records
-    parts = Parts(stage.directory, job.name, jax.process_index())
+    if this().from_main(lambda: _is_whole(path, job)):  # an interrupted run got further than this
+        return read_records(path)
+    parts = Parts(stage.directory, job.name, this().index)
+    this().barrier(f"parts of {job.name} opened")
+    held = parts.records()
+    this().barrier(f"parts of {job.name} read")
     if job.prompts:
-        writer(job, parts)
-    _wait_for_all(f"{job.name} written")
-    if jax.process_index() == 0:
+        writer(job, parts, held)
+    this().barrier(f"{job.name} written")
+    if this().main:
         parts.assemble(job.texts())
-    _wait_for_all(f"{job.name} assembled")
+    this().barrier(f"{job.name} assembled")
     return read_records(path)
 
 
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+def _is_whole(path: Path, job: Job) -> bool:
+    with contextlib.suppress(InputError):
+        if path.exists():
+            records = read_records(path)
+            return [(record.kind, record.id, record.sample) for record in records] == job.texts()
+    return False
 
 
 def _policy_writer(stage: Stage) -> Writer:
@@ -138,7 +143,7 @@ def _policy_writer(stage: Stage) -> Writer:
         )
         return policy, mesh
 
-    def write(job: Job, parts: Parts) -> None:
+    def write(job: Job, parts: Parts, held: Sequence[TextRecord]) -> None:
         policy, mesh = loaded()
         fitted = fit_prompts(stage, policy, job)
         layout = plan_layout(  # of the whole job, so that a rerun of its rest computes alike
@@ -150,7 +155,7 @@ def _policy_writer(stage: Stage) -> Writer:
             memory_gib=config.memory_gib,
             mesh=mesh,
         )
-        share = _share(job, parts)
+        share = _share(job, held)
         figures, began = Figures(), time.monotonic()
         completed = stream(
             policy,
@@ -181,13 +186,13 @@ def _policy_writer(stage: Stage) -> Writer:
     return write
 
 
-def _share(job: Job, parts: Parts) -> list[int]:
+def _share(job: Job, held: Sequence[TextRecord]) -> list[int]:
     """Which prompts this process has yet to answer."""
-    held = Counter(record.id for record in parts.records())
+    texts = Counter(record.id for record in held)
     return [
         index
-        for index in range(jax.process_index(), len(job.prompts), jax.process_count())
-        if held[job.prompts[index].id] < job.samples[index]
+        for index in range(this().index, len(job.prompts), this().count)
+        if texts[job.prompts[index].id] < job.samples[index]
     ]
 
 
@@ -242,13 +247,13 @@ def _endpoint_writer(stage: Stage) -> Writer:
     assert config.endpoint is not None
     endpoint = Endpoint(config.endpoint, temperature=config.temperature, top_p=config.top_p)
 
-    def write(job: Job, parts: Parts) -> None:
-        held = {(record.id, record.sample) for record in parts.records()}
+    def write(job: Job, parts: Parts, held: Sequence[TextRecord]) -> None:
+        answered = {(record.id, record.sample) for record in held}
         requests = [
             Request((prompt.id, sample), prompt.messages, job.max_new_tokens)
-            for prompt, count in ((job.prompts[i], job.samples[i]) for i in _share(job, parts))
+            for prompt, count in ((job.prompts[i], job.samples[i]) for i in _share(job, held))
             for sample in range(count)
-            if (prompt.id, sample) not in held
+            if (prompt.id, sample) not in answered
         ]
         with stage.progress.track(f"reason: {job.name}", len(requests), "texts") as task:
             for reply in endpoint.replies(requests):

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from dpo4rec_jax.config import Config, LoraConfig
 from dpo4rec_jax.models import lora
 from dpo4rec_jax.models.attention import Implementation, choose
 from dpo4rec_jax.models.llama import Remat
+from dpo4rec_jax.runtime import mesh as meshes
 from dpo4rec_jax.runtime.loader import Microbatch, Rows, batch_of
 from dpo4rec_jax.runtime.mesh import BATCH, make_mesh, shardings
 from dpo4rec_jax.runtime.state import Batch, TrainState, Tree
@@ -50,8 +51,9 @@ class Tuning:
         if self.lora is None:
             return self.policy.params, None
         adapter = lora.init(self.policy.config, self.lora, jax.random.key(seed))
-        where = jax.local_devices()[0] if self.mesh is None else shardings(adapter, self.mesh)
-        return jax.device_put(adapter, where), self.policy.params
+        if self.mesh is None:
+            return jax.device_put(adapter, jax.local_devices()[0]), self.policy.params
+        return meshes.place(adapter, shardings(adapter, self.mesh)), self.policy.params
 
     def token_logps(
         self, trainable: Tree, frozen: Tree, batch: Batch, key: Array | None = None
@@ -95,29 +97,11 @@ class Tuning:
         if self.mesh is None:
             return jax.device_put(dict(arrays))
         rows = NamedSharding(self.mesh, BATCH)
-        return {
-            name: jax.make_array_from_callback(value.shape, rows, value.__getitem__)
-            for name, value in arrays.items()
-        }
+        return meshes.place(dict(arrays), dict.fromkeys(arrays, rows))
 
     def place_state(self, state: TrainState) -> TrainState:
-        """Puts what has no sharding of its own, the counters, on all devices."""
-        if self.mesh is None:
-            return state
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-
-        def placed(leaf: jax.Array) -> jax.Array:
-            sharded = isinstance(leaf.sharding, NamedSharding)
-            return leaf if sharded else jax.device_put(leaf, everywhere)
-
-        return jax.tree.map(placed, state)
-
-    def on_host(self, value: Any) -> Any:
-        """Numpy copies of what `for_each` returns, whole on every process."""
-        if self.mesh is not None:
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
-            value = jax.jit(lambda x: x, out_shardings=everywhere)(value)
-        return jax.tree.map(np.asarray, value)
+        """Puts the state on the mesh, moments as their parameters, counters on all devices."""
+        return meshes.place_state(state, self.mesh)
 
     def for_each(
         self,
@@ -133,20 +117,16 @@ class Tuning:
             batch = self.place(batch_of(rows, microbatch.rows, microbatch.shape, size))
             now = function(batch)
             if waiting is not None:
-                results.append(self.on_host(waiting))
+                results.append(meshes.on_host(waiting))
             waiting = now
             advance(len(microbatch.rows))
-        return results if waiting is None else [*results, self.on_host(waiting)]
+        return results if waiting is None else [*results, meshes.on_host(waiting)]
 
     def save(self, directory: Path, trainable: Tree, config: Config) -> None:
         """Leaves `adapter/` (PEFT's format) or `policy/` (a Hugging Face directory)."""
         if self.lora is not None:
-            adapter = self.on_host(trainable)
-            if jax.process_index() == 0:
-                base = config.policy.path
-                save_adapter(
-                    directory / "adapter", self.policy.config, adapter, self.lora, base=base
-                )
+            adapter, base = meshes.on_host(trainable), config.policy.path
+            save_adapter(directory / "adapter", self.policy.config, adapter, self.lora, base=base)
             return
         save_policy(self.trained(trainable, config), directory / "policy")
 
@@ -188,7 +168,7 @@ def tuning_of(
 ) -> Tuning:
     mesh = mesh_of(config)
     if mesh is not None:
-        params = jax.device_put(policy.params, shardings(policy.params, mesh))
+        params = meshes.place(policy.params, shardings(policy.params, mesh))
         policy = dataclasses.replace(policy, params=params)
     return Tuning(
         policy=policy,

@@ -8,7 +8,6 @@ are of. Only completions are learned, and several texts of a prompt share one ro
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -19,7 +18,7 @@ from dpo4rec_jax.data import synthetic
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
 from dpo4rec_jax.data.texts import read_texts
 from dpo4rec_jax.runtime import state as training
-from dpo4rec_jax.runtime.checkpoint import Checkpoints
+from dpo4rec_jax.runtime.checkpoint import Checkpoints, discard
 from dpo4rec_jax.runtime.loader import Feed, Microbatch, Rows, shuffled
 from dpo4rec_jax.runtime.loop import Trainer
 from dpo4rec_jax.runtime.optimizer import adamw, learning_rate_schedule
@@ -56,7 +55,7 @@ def run(stage: Stage) -> None:
         rows = imitation_rows(stage, policy, str(warmup.texts))
     trainable = _trained(stage, tuning, rows, LEARNING_RATE_TINY if tiny else LEARNING_RATE)
     save_policy(tuning.trained(trainable, config), stage.directory / "policy")
-    shutil.rmtree(stage.directory / "checkpoints", ignore_errors=True)
+    discard(stage.directory / "checkpoints")
 
 
 def synthetic_rows(stage: Stage, policy: Policy) -> Rows:

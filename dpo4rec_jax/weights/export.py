@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,6 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dpo4rec_jax.config import InputError
+from dpo4rec_jax.runtime.mesh import on_host
+from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.weights import huggingface
 from dpo4rec_jax.weights.policy import Policy
 from dpo4rec_jax.weights.streaming import Slot
@@ -21,7 +24,8 @@ _NAME_OF = {dtype.name: name for name, dtype in huggingface.DTYPES.items()}
 def save_policy(policy: Policy, directory: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes config, safetensors (in shards of at most so many bytes, or of one tensor), tokenizer,
     chat template and generation config. `load_policy` gives the same bits back in the parameter
-    dtype. The directory appears whole or not at all, and replaces an earlier export.
+    dtype. The directory appears whole or not at all, and replaces an earlier export. Of several
+    processes, which all hold their part of the weights, the main one writes.
 
     Raises InputError where the directory holds something other than a checkpoint.
     """
@@ -31,6 +35,9 @@ def save_policy(policy: Policy, directory: str | Path, shard_bytes: int = SHARD_
             f"{directory}: expected an empty or new directory, or an earlier export to replace; "
             "name another one"
         )
+    if not this().main:
+        _write_weights(policy, None, shard_bytes)
+        return
     partial, old = (directory.with_name(f"{directory.name}.{end}") for end in ("partial", "old"))
     for left in (partial, old):  # by a run that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -56,7 +63,8 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_weights(policy: Policy, directory: Path, shard_bytes: int) -> None:
+def _write_weights(policy: Policy, directory: Path | None, shard_bytes: int) -> None:
+    """`directory` None: helps another process to write."""
     slots = huggingface.slots(policy.config)
     itemsize = np.dtype(huggingface.DTYPES[_NAME_OF[policy.config.param_dtype]]).itemsize
     bytes_of = {name: int(np.prod(slot.shape)) * itemsize for name, slot in slots.items()}
@@ -73,9 +81,10 @@ def _write_weights(policy: Policy, directory: Path, shard_bytes: int) -> None:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
         file_of |= dict.fromkeys(names, file)
-        with (directory / file).open("wb") as out:
+        path = Path(os.devnull) if directory is None else directory / file
+        with path.open("wb") as out:
             write_safetensors(out, {name: (slots[name], policy.params) for name in names})
-    if len(shards) > 1:
+    if len(shards) > 1 and directory is not None:
         total = {"total_size": sum(bytes_of.values())}
         _write_json(directory / huggingface.INDEX, {"metadata": total, "weight_map": file_of})
 
@@ -94,7 +103,7 @@ def write_safetensors(out: BinaryIO, tensors: dict[str, tuple[Slot, Any]]) -> No
     out.write(len(text).to_bytes(8, "little") + text)
     for slot, params in tensors.values():
         leaf = _leaf(slot, params)
-        value = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
+        value = on_host(leaf if slot.layer is None else leaf[slot.layer])
         out.write(np.ascontiguousarray(value.T if slot.transpose else value).tobytes())
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from dpo4rec_jax.config import InputError, LoraConfig
 from dpo4rec_jax.models import lora
 from dpo4rec_jax.models.llama import LlamaConfig, Params
+from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.weights import export, hf_config, huggingface, streaming
 from dpo4rec_jax.weights.policy import Policy, place
 from dpo4rec_jax.weights.streaming import Slot
@@ -57,7 +58,10 @@ def save_adapter(
     lora_config: LoraConfig,
     base: str = "",
 ) -> None:
-    """Writes an adapter directory that `peft` loads on the base model named by `base`."""
+    """Writes an adapter directory that `peft` loads on the base model named by `base`. Of several
+    processes the main one writes; the adapter is whole in it."""
+    if not this().main:
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     targets = [name for name in huggingface.PROJECTIONS if name in adapter["layers"]]

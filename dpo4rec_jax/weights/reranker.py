@@ -19,6 +19,7 @@ from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.backbones import BACKBONES
 from dpo4rec_jax.models.reranker import RerankerConfig
+from dpo4rec_jax.runtime.processes import this
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Members:
 
 
 def save_members(path: Path, members: Members) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all, in the main process."""
+    if not this().main:
+        return
     flat = traverse_util.flatten_dict(members.params_R, sep="/")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
     about = {

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo4rec_jax.config import InputError
 from dpo4rec_jax.runtime.loader import (
     Feed,
     Rows,
@@ -134,3 +135,10 @@ def test_feed_pairs_each_microbatch_with_its_arrays():
         assert tuple(arrays["index_B"][arrays["mask_B"]]) == microbatch.rows
         assert arrays["prompt_BT"].shape == (2, microbatch.shape.prompt)
         assert arrays["completion_BCT"].shape == (2, 2, microbatch.shape.completion)
+
+
+def test_a_place_in_a_run_that_is_cut_otherwise_is_refused():
+    position = Feed(ROWS, shuffled(ROWS, **OPTIONS), 2).position
+    other = Feed(ROWS, shuffled(ROWS, **OPTIONS | {"microbatch_rows": 4}), 4)
+    with pytest.raises(InputError, match="cut into 12 microbatches and is now cut into 6"):
+        other.position = position

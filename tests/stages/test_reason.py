@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import process_group
 import pytest
 from rich.console import Console
 
@@ -235,15 +232,17 @@ def test_a_file_without_any_known_user_is_refused(prepared, tmp_path) -> None:
 
 
 PROCESS = """
-import sys
+import sys, threading
 from pathlib import Path
-import jax
-root, policy, process, port = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+from dpo4rec_jax.config import RuntimeConfig
+from dpo4rec_jax.runtime import launch
+here, root, policy = sys.argv[1:]
+processes = launch.start(RuntimeConfig(heartbeat_s=300), threading.Event())
+assert processes.count == 2
+sys.path.append(here)
 import test_reason
-stage = test_reason.open_stage(Path(root), policy={"path": policy})
-test_reason.reason.run(stage)
-assert int(process) == jax.process_index() and jax.process_count() == 2
+test_reason.reason.run(test_reason.open_stage(Path(root), policy={"path": policy}))
+processes.leave(0)
 """
 
 
@@ -252,23 +251,9 @@ def test_two_processes_share_the_prompts_and_write_the_texts_of_one(
     finished, prepared, policy_dir, tmp_path
 ) -> None:
     prepared.save(Workspace(tmp_path).stage_dir("prepare"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    here, root = Path(__file__).parent, Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{root}"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path), str(policy_dir), str(index), port],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    arguments = [str(Path(__file__).parent), str(tmp_path), str(policy_dir)]
+    for status, output in process_group.finish(process_group.start(2, 1, arguments, PROCESS)):
+        assert status == 0, output[-2000:]
     written = Workspace(tmp_path).stage_dir("reason", 0)
     for name in ("users.jsonl", "items.jsonl"):
         ours = read_records(finished.directory / name)
