@@ -236,7 +236,7 @@ class AlignConfig(Section):
     reference_free: bool = field(False, "take the reference as uniform")
     learning_rate: float = field(1e-5, "peak learning rate", gt=0.0)
     warmup_fraction: float = field(0.1, "share of steps that raise the learning rate", ge=0.0, le=1)
-    decay: Literal["cosine", "linear", "constant"] = field("cosine", "its fall after the peak")
+    decay: Literal["cosine", "linear", "constant"] = field("cosine", "how the learning rate falls")
     weight_decay: float = field(0.0, "decoupled weight decay of matrices", ge=0.0)
     max_grad_norm: float = field(1.0, "clip of the global gradient norm", gt=0.0)
     batch_pairs: Positive = field(32, "pairs an optimizer step")
