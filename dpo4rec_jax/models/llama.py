@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -32,6 +33,7 @@ from dpo4rec_jax.models.rope import RopeScaling
 Params = Mapping[str, Any]
 
 INIT_DEVIATION = 0.02
+PRODUCT = "projection"  # the name of a projection's product, for rematerialisation policies
 ROWS = ("data", "fsdp")  # mesh axes that split a batch
 Remat = Literal["full", "dots", "none"]
 DTypeName = Literal["float32", "bfloat16"]
@@ -137,7 +139,8 @@ class Projection(nn.Module):
             )
         shape_DO = (x_BTD.shape[-1], self.features)
         kernel_DO = self.param("kernel", init, shape_DO, config.param_dtype)
-        return _dot(config.precision, x_BTD, kernel_DO.astype(x_BTD.dtype))
+        product_BTO = _dot(config.precision, x_BTD, kernel_DO.astype(x_BTD.dtype))
+        return checkpoint_name(product_BTO, PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -271,11 +274,8 @@ class Decoder(nn.Module):
         return functools.partial(layer, *settings)
 
     def _rematerialised(self) -> Any:
-        policies = jax.checkpoint_policies
-        kept = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(tiles.KEPT),
-        )
+        # By name: a policy for products does not see into a function with a gradient of its own.
+        kept = jax.checkpoint_policies.save_only_these_names(PRODUCT, tiles.KEPT)
         policy = kept if self.remat == "dots" else None
         return nn.remat(Layer, prevent_cse=False, policy=policy)
 

@@ -3,8 +3,9 @@
 A tile is a run of queries against the keys before it, which all of them see, and its own, which
 they see causally. What a causal or a shared mask hides is then hardly computed, and only a tile's
 own square is masked at all. The backward pass recomputes a tile's probabilities from the
-log-sum-exp that the forward pass kept (Dao et al. 2022, arXiv 2205.14135), with keys as rows: so
-arranged, one of its five products needs a transposed operand, and not three.
+log-sum-exp that the forward pass kept (Dao et al. 2022, arXiv 2205.14135), with keys as rows and
+the queries' gradient by columns: so arranged, what is transposed of its five products' operands and
+results is the features of a token, never the probabilities, which are some times as large.
 
 Axes beside the package's legend: G query heads that share a key head, Q = G x T the queries of a
 tile, head by head.
@@ -133,7 +134,7 @@ def _backward(residuals: Any, cotangent_BKCQd: Array) -> tuple[Array, Before | N
     slope_BKCTQ = weight_BKCTQ * (slope_BKCTQ - delta_BKCQ[..., None, :])
     by_value_BKCTd = _weighted("bkctq,bkcqd->bkctd", weight_BKCTQ, cotangent_BKCQd)
     by_key_BKCTd = _weighted("bkctq,bkcqd->bkctd", slope_BKCTQ, scaled_BKCQd)
-    by_query_BKCQd = _weighted("bkctq,bkctd->bkcqd", slope_BKCTQ, key_BKCTd)
+    by_query_BKCdQ = _weighted("bkctd,bkctq->bkcdq", key_BKCTd, slope_BKCTQ)
 
     by_before = None
     if before is not None:
@@ -145,9 +146,10 @@ def _backward(residuals: Any, cotangent_BKCQd: Array) -> tuple[Array, Before | N
         slope_BKSCQ = weight_BKSCQ * (slope_BKSCQ - delta_BKCQ[:, :, None])
         by_value_BKSd = _weighted("bkscq,bkcqd->bksd", weight_BKSCQ, cotangent_BKCQd)
         by_key_BKSd = _weighted("bkscq,bkcqd->bksd", slope_BKSCQ, scaled_BKCQd)
-        by_query_BKCQd += _weighted("bkscq,bksd->bkcqd", slope_BKSCQ, before.key_BKSd)
+        by_earlier_BKdCQ = _weighted("bksd,bkscq->bkdcq", before.key_BKSd, slope_BKSCQ)
+        by_query_BKCdQ += by_earlier_BKdCQ.swapaxes(2, 3)
         by_before = Before(_as(before.key_BKSd, by_key_BKSd), _as(value_BKCTd, by_value_BKSd), None)
-    by_query_BKCQd *= scaled_BKCQd.shape[-1] ** -0.5
+    by_query_BKCQd = by_query_BKCdQ.swapaxes(3, 4) * scaled_BKCQd.shape[-1] ** -0.5
     return (
         _as(scaled_BKCQd, by_query_BKCQd),
         by_before,
@@ -175,7 +177,9 @@ def _bias(seen: Array) -> Array:
 
 
 def _weighted(spec: str, weight: Array, values: Array) -> Array:
-    return _product(spec, weight.astype(values.dtype), values)
+    """Of factors in one dtype, the narrower of the two."""
+    dtype = min(weight.dtype, values.dtype, key=lambda one: one.itemsize)
+    return _product(spec, weight.astype(dtype), values.astype(dtype))
 
 
 def _product(spec: str, left: Array, right: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dpo4rec_jax.models import llama, rope
-from dpo4rec_jax.models.attention import Causal
+from dpo4rec_jax.models.attention import Causal, Shared
 from dpo4rec_jax.weights import Policy, load_policy
 
 apply = jax.jit(llama.apply, static_argnums=0)
@@ -114,6 +114,28 @@ def test_gradients_equal_torchs(name: str, pair: Any, tokens_BT: np.ndarray) -> 
         )
 
 
+def test_only_full_rematerialisation_multiplies_by_the_weights_again(
+    pair: Any, tokens_BT: np.ndarray
+) -> None:
+    _, policy = pair("llama-3")
+    config = policy.config
+
+    def flops(remat: llama.Remat) -> float:
+        def loss(params: Any) -> jax.Array:
+            position_BT = jnp.broadcast_to(jnp.arange(24), (2, 24))
+            row = Shared(jnp.full(2, 8), jnp.full((2, 2), 8), 8, 2, 8)
+            tokens = jnp.asarray(tokens_BT)
+            return llama.apply(config, params, tokens, position_BT, row, remat=remat)[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(policy.params).compile().cost_analysis()["flops"]
+
+    D, d = config.width, config.head_dim
+    weights = 2 * D * d * (config.heads + config.kv_heads) + 3 * D * config.hidden
+    once = 2.0 * tokens_BT.size * weights  # a layer's products, forward
+    assert flops("dots") < flops("none") + 0.2 * once
+    assert flops("full") > flops("none") + 0.8 * once
+
+
 def test_no_token_sees_a_later_one(pair: Any, tokens_BT: np.ndarray) -> None:
     _, policy = pair("llama-3")
 
@@ -167,7 +189,7 @@ import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from dpo4rec_jax.models import llama, rope
-from dpo4rec_jax.models.attention import Causal
+from dpo4rec_jax.models.attention import Causal, Shared
 from dpo4rec_jax.runtime.mesh import BATCH, make_mesh, shardings
 config = llama.LlamaConfig(128, 32, 48, 2, 4, 2, 8)
 params = llama.init(config, jax.random.key(0))
