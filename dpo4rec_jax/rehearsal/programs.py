@@ -270,15 +270,22 @@ def _layout(config: Config, architecture: LlamaConfig, mesh: Mesh, rows: int | N
 
 
 def _split(architecture: LlamaConfig, mesh: Mesh) -> Tree:
-    """Parameters as the sampler holds them: one dict a layer, each lying as in its stack."""
+    """Parameters as the sampler holds them: one dict a layer, each lying as in its stack, and
+    kernels by rows."""
     stacked = shapes(architecture)
     where = shardings(stacked, mesh)
     split = jax.eval_shape(llama.split_layers, stacked)
 
-    def without_stack(sharding: NamedSharding) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+    def of_layer(stack: Tree) -> Tree:
+        if not isinstance(stack, dict):
+            return NamedSharding(mesh, PartitionSpec(*stack.spec[1:]))
+        lie = {name: of_layer(leaf) for name, leaf in stack.items()}
+        if "kernel" in lie:
+            by_column = lie.pop("kernel")
+            lie["kernel_rows"] = NamedSharding(mesh, PartitionSpec(*reversed(by_column.spec)))
+        return lie
 
-    layer = jax.tree.map(without_stack, where["layers"])
+    layer = of_layer(where["layers"])
     return {
         name: abstract(tree, layer if name.startswith("layer_") else where[name])
         for name, tree in split.items()
