@@ -35,6 +35,7 @@ from dpo4rec_jax.weights.reranker import load_members
 from dpo4rec_jax.workspace import Workspace, parse_json, write_jsonl
 
 BATCH = 2048  # lists a call of the compiled program
+GZIP = b"\x1f\x8b"
 
 CandidateList = Mapping[str, Any]
 
@@ -62,9 +63,7 @@ def load_reranker(
     members = load_members(found.file(workspace, round))
     params_R = members.seed_params
     if not ensemble:
-        path = found.file(workspace, round).with_suffix(".json")
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        best = int(np.argmax(summary["validation_ndcg@5"]))
+        best = _best_seed(found.file(workspace, round).with_suffix(".json"), members.seeds)
         params_R = members.slice(best, best + 1)
     lists = lists_of(prepared, knowledge_of(found, prepared), config.rank, config.seed)
     return LoadedReranker(
@@ -175,10 +174,13 @@ class LoadedReranker:
 
     def _indices(self, one: CandidateList, where: str) -> tuple[int, list[int]]:
         user, items = one.get("user"), one.get("items")
-        if not isinstance(user, (str, int)) or not isinstance(items, (list, tuple)) or not items:
+        if not _is_id(user) or not isinstance(items, (list, tuple)) or not items:
             raise InputError(
                 f'{where}: expected {{"user": raw id, "items": [raw ids]}}, got {one!r:.80}'
             )
+        for item in items:
+            if not _is_id(item):
+                raise InputError(f"{where}: items: expected raw ids, got {item!r:.40}")
         if self.config.backbone == "prm" and len(items) > self.config.list_length:
             raise InputError(
                 f"{where}: {len(items)} candidates; prm learned positions up to "
@@ -186,13 +188,15 @@ class LoadedReranker:
             )
         user_index = self._users.get(str(user))
         if user_index is None and (self.config.user_features or self.config.reads_windows):
-            raise InputError(f"{where}: unknown user {user!r}; describe it by --texts")
-        try:
-            return user_index or 0, [self._items[str(item)] for item in items]
-        except KeyError as error:
-            raise InputError(
-                f"{where}: unknown item {error.args[0]!r}; describe it by --texts"
-            ) from None
+            raise InputError(f"{where}: unknown user {user!r:.80}; describe it by --texts")
+        indices = [self._items.get(str(item)) for item in items]
+        if None in indices:
+            item = items[indices.index(None)]
+            raise InputError(f"{where}: unknown item {item!r:.80}; describe it by --texts")
+        if len(set(indices)) < len(indices):
+            item = next(item for n, item in enumerate(items) if indices[n] in indices[:n])
+            raise InputError(f"{where}: item {item!r:.80} stands twice; name each candidate once")
+        return user_index or 0, indices
 
     def _added(
         self, encoder: Encoder, known: dict[str, int], vector_xF: np.ndarray, texts: dict[str, str]
@@ -240,6 +244,10 @@ class LoadedReranker:
         }
 
 
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (str, int, np.integer)) and not isinstance(value, bool)
+
+
 def _on_device(array: np.ndarray | None) -> jax.Array | None:
     return None if array is None else jnp.asarray(array)
 
@@ -280,6 +288,17 @@ def _find_arm(config: Config, workspace: Workspace, name: str | None) -> tuple[i
     if not known:
         raise InputError(f"{workspace.path}: no re-ranker yet; run stage rank")
     raise InputError(f"--arm {name}: no such arm; there are {', '.join(known)}")
+
+
+def _best_seed(path: Path, seeds: int) -> int:
+    try:
+        by_seed = json.loads(path.read_text(encoding="utf-8"))["validation_ndcg@5"]
+        return int(np.argmax(np.array(by_seed, dtype=float).reshape(seeds)))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: not the validation metrics of {seeds} seeds ({error}); run stage rank again, "
+            "or score with --ensemble"
+        ) from None
 
 
 def _encoder(config: Config, workspace: Workspace, round: int) -> Encoder:
@@ -339,18 +358,23 @@ def _given(path: str, kind: Kind) -> dict[str, str]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    number = 0
     with path.open("rb") as file:
         for number, text in enumerate(file, 1):
             try:
-                line = parse_json(text.decode())
+                line = parse_json(text.decode("utf-8-sig"))  # some editors put a mark first
             except UnicodeDecodeError:
-                raise InputError(f"{path}:{number}: expected UTF-8 text, got other bytes") from None
+                packed = "; unpack it" if text.startswith(GZIP) else ""
+                reason = f"expected UTF-8 text, got other bytes{packed}"
+                raise InputError(f"{path}:{number}: {reason}") from None
             except ValueError as error:
                 reason = getattr(error, "msg", error)
                 raise InputError(f"{path}:{number}: not JSON: {reason}") from None
             if not isinstance(line, dict):
                 raise InputError(f"{path}:{number}: expected an object, got {line!r:.40}")
             yield line
+    if not number:
+        raise InputError(f"{path}: expected candidate lists, got an empty file; check --input")
 
 
 def _line(one: CandidateList, score_N: np.ndarray) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from dpo4rec_jax import data
-from dpo4rec_jax.config import Config, DataConfig, SyntheticConfig
+from dpo4rec_jax.config import Config, DataConfig, SyntheticConfig, dump_config
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.texts import TextRecord, write_records
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress
@@ -114,3 +114,14 @@ def ranked() -> tuple[Workspace, data.Prepared]:
     for round in (0, 1):
         rank.run(make_stage(workspace, "rank", round))
     return workspace, prepared
+
+
+@functools.cache
+def finished() -> Workspace:
+    """`ranked` with the config that `predict` reads; its encoder makes vectors of their length."""
+    workspace, prepared = ranked()
+    features = item_attributes(prepared).shape[1]
+    encode = {"encoder": "hashing", "features": features}
+    stage = make_stage(workspace, "evaluate", 1, encode=encode)
+    (workspace.path / "config.yaml").write_text(dump_config(stage.config))
+    return workspace

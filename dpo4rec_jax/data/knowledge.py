@@ -51,5 +51,5 @@ class Knowledge:
                 )
         except FileNotFoundError:
             raise InputError(f"{path}: missing; run stage encode") from None
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: damaged ({error}); run stage encode again") from None

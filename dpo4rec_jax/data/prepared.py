@@ -83,7 +83,7 @@ class Prepared:
             return cls._load(directory, prompts)
         except FileNotFoundError as error:
             raise InputError(f"{error.filename}: missing; run stage prepare") from None
-        except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
+        except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{directory}: damaged ({error}); run stage prepare again") from None
 
     @classmethod

@@ -126,7 +126,7 @@ def _parsed(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[
     try:
         with path.open("rb") as raw:
             unpacked = bounded(raw, path.stat().st_size, str(path), gz=path.suffix == ".gz")
-            file = io.TextIOWrapper(unpacked, encoding="utf-8")
+            file = io.TextIOWrapper(unpacked, encoding="utf-8-sig")  # editors may put a mark first
             for number, text in enumerate(file, 1):
                 if text.isspace():
                     continue
