@@ -45,6 +45,8 @@ from chaos_runs import (
     undisturbed,
 )
 
+from dpo4rec_jax.stages.plan import Step
+
 # Dealt like cards: fifteen trials meet every kind.
 DECK = (
     *("SIGKILL", "SIGKILL", "SIGKILL", "change", "change", "change", "SIGTERM", "SIGTERM"),
@@ -56,6 +58,7 @@ ENDS = {  # exit statuses that a signal may lead to; negative before the program
     "SIGTERM": (143, -signal.SIGTERM),
     "SIGINT": (130, -signal.SIGINT, 1),  # 1: while Python itself starts
 }
+METRICS = Path("metrics.jsonl")
 REFUSAL = re.compile(r"--stages (\S+) --overwrite")
 CAPBSET_DROP, DAC_OVERRIDE = 24, 1  # prctl's option, and what lets root write where nobody may
 
@@ -68,6 +71,7 @@ class Trial:
         self.index, self.step = index, reference.steps[index]
         self.dice = random.Random(f"{seed} {number}")
         self.note = ""  # beside the kind of trouble
+        self.cut_log: list[Step] = []  # steps whose lines in metrics.jsonl may be gone
 
     def take(self, kind: str, workdir: Path) -> str:
         """Returns how it ended: equal, or refused and then equal. Raises Lost."""
@@ -83,7 +87,9 @@ class Trial:
             check_end(ended, "SIGKILL")
         elif kind == "cut":
             self.interrupt("SIGKILL", workdir)
-            self.note = f" {cut_newest(workdir, self.dice)}"
+            cut = cut_newest(workdir, self.dice)
+            self.note = f" {cut}"
+            self.cut_log = self.reference.steps[: self.index + 1] if cut == METRICS else []
         elif kind == "no permission":
             self._no_permission(workdir)
         elif kind == "second run":
@@ -107,7 +113,7 @@ class Trial:
             ended = self.runs.whole(workdir, "--resume", **options)
         if ended.status:
             raise Lost(f"--resume ends with status {ended.status}: {ended.line}")
-        compare(self.reference, workdir)
+        compare(self.reference, workdir, self.cut_log)
         return "refused, then equal" if refusals else "equal"
 
     def interrupt(self, kind: str, workdir: Path) -> None:
