@@ -189,10 +189,13 @@ class LoadedReranker:
         user_index = self._users.get(str(user))
         if user_index is None and (self.config.user_features or self.config.reads_windows):
             raise InputError(f"{where}: unknown user {user!r:.80}; describe it by --texts")
-        indices = [self._items.get(str(item)) for item in items]
-        if None in indices:
-            item = items[indices.index(None)]
-            raise InputError(f"{where}: unknown item {item!r:.80}; describe it by --texts")
+        try:
+            indices = [self._items[str(item)] for item in items]
+        except KeyError as error:
+            unknown = error.args[0]
+            raise InputError(
+                f"{where}: unknown item {unknown!r:.80}; describe it by --texts"
+            ) from None
         if len(set(indices)) < len(indices):
             item = next(item for n, item in enumerate(items) if indices[n] in indices[:n])
             raise InputError(f"{where}: item {item!r:.80} stands twice; name each candidate once")

@@ -96,7 +96,7 @@ LISTS = (
     Malformed("item true", lists(one(items=["i1", True])), r":2: items: .* raw ids, got True"),
     Malformed("item NaN", lists('{"user": "u0", "items": [NaN]}'), r":2: items: .* ids, got nan"),
     Malformed("unknown item", lists(one(items=["i1", "x"])), r":2: unknown item 'x'; .* --texts"),
-    Malformed("item of the place", lists(one(items=[1, 2])), r":2: unknown item 1; describe it"),
+    Malformed("item of the place", lists(one(items=[1, 2])), r":2: unknown item '1'; describe"),
     Malformed("unknown user", lists(one(user="x")), r":2: unknown user 'x'; .* --texts"),
     Malformed("twice", lists(one(items=["i1", "i2", "i1"])), r":2: item 'i1' stands twice; name"),
     Malformed(
