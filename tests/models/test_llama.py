@@ -189,7 +189,7 @@ import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from dpo4rec_jax.models import llama, rope
-from dpo4rec_jax.models.attention import Causal, Shared
+from dpo4rec_jax.models.attention import Causal
 from dpo4rec_jax.runtime.mesh import BATCH, make_mesh, shardings
 config = llama.LlamaConfig(128, 32, 48, 2, 4, 2, 8)
 params = llama.init(config, jax.random.key(0))
