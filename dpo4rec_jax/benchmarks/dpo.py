@@ -40,7 +40,7 @@ def measure(config: Config, machine: Machine) -> dict[str, Any]:
     )
     size = align.microbatch_rows(settings, tuning)
     batch = tuning.place(_batch(config, tuning, shape, size))
-    reference = jax.jit(tuning.policy_logps).lower(tuning.policy.params, batch).compile()
+    reference = tuning.compiled_policy_logps.lower(tuning.policy.params, batch).compile()
     reference_seconds = seconds(lambda: reference(tuning.policy.params, batch))
     figures = _step(settings, tuning, batch, shape, size, machine)
     return {

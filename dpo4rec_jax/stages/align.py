@@ -251,7 +251,7 @@ def policy_logps(
 ) -> np.ndarray:
     """Log-probabilities of all completions of all rows under the policy given, before training."""
     microbatches = in_order(rows, size, max_shapes=max_shapes)
-    compute = functools.partial(jax.jit(tuning.policy_logps), tuning.policy.params)
+    compute = functools.partial(tuning.compiled_policy_logps, tuning.policy.params)
     results = tuning.for_each(compute, rows, microbatches, size, advance)
     logp_BP = np.zeros((len(rows), len(rows.completions[0])), np.float32)
     for microbatch, result in zip(microbatches, results, strict=True):

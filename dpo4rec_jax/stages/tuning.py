@@ -7,6 +7,7 @@ beside a base that is never copied.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ class Tuning:
         """
         frozen = dataclasses.replace(self, lora=None)
         return frozen.token_logps(params, None, batch).sum(axis=-1)
+
+    @functools.cached_property
+    def compiled_policy_logps(self) -> jax.stages.Wrapped:
+        """`policy_logps`, compiled once for each shape."""
+        return jax.jit(self.policy_logps)
 
     @property
     def row_multiple(self) -> int:
