@@ -388,12 +388,15 @@ def start_trl(options: argparse.Namespace) -> tuple[Callable, Callable]:
             if "loss" in logs:
                 done.put(logs)
 
+    if method == "lora":
+        to_train = peft.LoraConfig.from_pretrained(adapter)
+        to_train.inference_mode = False  # saved adapters say True, which freezes them
     trainer = InOrder(
         model,
         args=settings,
         train_dataset=datasets.Dataset.from_list(pairs),
         processing_class=tokenizer,
-        peft_config=peft.LoraConfig.from_pretrained(adapter) if method == "lora" else None,
+        peft_config=to_train if method == "lora" else None,
         callbacks=[Turns()],
     )
     if method == "lora":  # start from the same random A
