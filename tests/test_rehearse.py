@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_jax import rehearse
+from dpo4rec_jax.rehearsal import theory
 
 pytestmark = pytest.mark.slow  # every part is compiled, in processes of their own
 
@@ -174,6 +175,14 @@ def test_decoding_reduces_twice_a_layer_and_once_for_the_embedding(moves) -> Non
     rows_of_device = 32 // 4
     found = tensor_parallel(moves["decode"], [rows_of_device, 1, WIDTH])
     assert found == 2 * LAYERS + 1
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_sums_activations_as_often_as_theory_says(moves, method) -> None:
+    """q, k and v share one sum of their input's gradient, and so do gate and up; the embedding
+    takes one, forward."""
+    found = tensor_parallel(moves[method], [ROWS, TOKENS, WIDTH])
+    assert found == LAYERS * theory.all_reduces_of_layer(backward=True, remat=True) + 1
 
 
 def test_abstract_states_lie_as_real_ones_do() -> None:

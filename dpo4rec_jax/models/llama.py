@@ -22,18 +22,21 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dpo4rec_jax.config import LoraConfig
 from dpo4rec_jax.models import rope, tiles
+from dpo4rec_jax.models.projections import (
+    INIT_DEVIATION,
+    PRODUCT,
+    Projection,
+    products,
+)
 from dpo4rec_jax.models.rope import RopeScaling
 
 Params = Mapping[str, Any]
 
-INIT_DEVIATION = 0.02
-PRODUCT = "projection"  # the name of a projection's product, for rematerialisation policies
 ROWS = ("data", "fsdp")  # mesh axes that split a batch
 Remat = Literal["full", "dots", "none"]
 DTypeName = Literal["float32", "bfloat16"]
@@ -102,75 +105,6 @@ def lay(x: Array, mesh: Mesh | None, *axes: Any) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
-class Projection(nn.Module):
-    """x W + b, plus the low-rank (alpha / rank) dropout(x) A B of an adapter when one is given."""
-
-    config: LlamaConfig
-    features: int
-    use_bias: bool = False
-    by_row: bool = False  # the weights lie as `split_layers` leaves them
-
-    @nn.compact
-    def __call__(
-        self, x_BTD: Array, lora: Params | None, lora_config: LoraConfig | None, dropout: bool
-    ) -> Array:
-        config = self.config
-        dot = functools.partial(_dot, config.precision)
-        y_BTO = self._product(x_BTD)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), config.param_dtype)
-            y_BTO += jnp.broadcast_to(bias.astype(x_BTD.dtype), y_BTO.shape)
-        if lora is None:
-            return y_BTO
-        assert lora_config is not None, "lora parameters come with their LoraConfig"
-        drop = nn.Dropout(lora_config.dropout, deterministic=not dropout)
-        down_BTR = dot(drop(x_BTD), lora["a"].astype(x_BTD.dtype))
-        # The scale where the array is smallest, forward and backward.
-        down_BTR *= lora_config.alpha / lora["a"].shape[-1]
-        return y_BTO + dot(down_BTR, lora["b"].astype(x_BTD.dtype))
-
-    def _product(self, x_BTD: Array) -> Array:
-        config, init = self.config, nn.initializers.normal(INIT_DEVIATION)
-        if self.by_row:
-            shape_OD = (self.features, x_BTD.shape[-1])
-            kernel_OD = self.param("kernel_rows", init, shape_OD, config.param_dtype)
-            return jnp.einsum(
-                "btd,od->bto", x_BTD, kernel_OD.astype(x_BTD.dtype), precision=config.precision
-            )
-        shape_DO = (x_BTD.shape[-1], self.features)
-        kernel_DO = self.param("kernel", init, shape_DO, config.param_dtype)
-        product_BTO = _dot(config.precision, x_BTD, kernel_DO.astype(x_BTD.dtype))
-        return checkpoint_name(product_BTO, PRODUCT)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(precision: jax.lax.PrecisionLike, x_xD: Array, kernel_DO: Array) -> Array:
-    """x W. The gradient of W is formed so that the narrower factor is the one that a backend may
-    have to transpose: on CPU that copy, of a wide activation, cost a sixth of a training step."""
-    return jnp.dot(x_xD, kernel_DO, precision=precision)
-
-
-def _dot_forward(
-    precision: jax.lax.PrecisionLike, x_xD: Array, kernel_DO: Array
-) -> tuple[Array, Any]:
-    return _dot(precision, x_xD, kernel_DO), (x_xD, kernel_DO)
-
-
-def _dot_backward(
-    precision: jax.lax.PrecisionLike, kept: tuple[Array, Array], by_y_xO: Array
-) -> Any:
-    x_xD, kernel_DO = kept
-    by_x_xD = jnp.einsum("...o,do->...d", by_y_xO, kernel_DO, precision=precision)
-    if kernel_DO.shape[0] <= kernel_DO.shape[1]:
-        by_kernel_DO = jnp.einsum("...d,...o->do", x_xD, by_y_xO, precision=precision)
-    else:
-        by_kernel_DO = jnp.einsum("...o,...d->od", by_y_xO, x_xD, precision=precision).T
-    return by_x_xD, by_kernel_DO
-
-
-_dot.defvjp(_dot_forward, _dot_backward)
-
-
 def rms_norm(x_xD: Array, scale_D: Array, eps: float) -> Array:
     """Normalised in float32, cast back, then scaled: HF's order, which bf16 parity hangs on."""
     x32_xD = x_xD.astype(jnp.float32)
@@ -196,9 +130,8 @@ class Layer(nn.Module):
         d = config.head_dim
 
         normed_BTD = self._norm("attention_norm", x_BTD)
-        query = self._project("q", normed_BTD, lora, config.heads * d, config.attention_bias)
-        key = self._project("k", normed_BTD, lora, config.kv_heads * d, config.attention_bias)
-        value = self._project("v", normed_BTD, lora, config.kv_heads * d, config.attention_bias)
+        features = {"q": config.heads * d, "k": config.kv_heads * d, "v": config.kv_heads * d}
+        query, key, value = self._project(features, normed_BTD, lora, config.attention_bias)
         query_BTHd = query.reshape(B, T, config.heads, d)
         key_BTKd = key.reshape(B, T, config.kv_heads, d)
         if config.qk_norm:
@@ -213,14 +146,13 @@ class Layer(nn.Module):
             config.sliding_window,
         )
         attended_BTO = attended_BTHd.reshape(B, T, config.heads * d)
-        x_BTD += self._project("o", attended_BTO, lora, config.width, config.output_bias)
-        x_BTD = lay(x_BTD, self.mesh, ROWS)
+        (out_BTD,) = self._project({"o": config.width}, attended_BTO, lora, config.output_bias)
+        x_BTD = lay(x_BTD + out_BTD, self.mesh, ROWS)
 
         normed_BTD = self._norm("mlp_norm", x_BTD)
-        gate = self._project("gate", normed_BTD, lora, config.hidden)
-        up = self._project("up", normed_BTD, lora, config.hidden)
-        x_BTD += self._project("down", nn.silu(gate) * up, lora, config.width)
-        return lay(x_BTD, self.mesh, ROWS), cache
+        gate, up = self._project({"gate": config.hidden, "up": config.hidden}, normed_BTD, lora)
+        (out_BTD,) = self._project({"down": config.width}, nn.silu(gate) * up, lora)
+        return lay(x_BTD + out_BTD, self.mesh, ROWS), cache
 
     def _norm(self, name: str, x_xD: Array) -> Array:
         shape = x_xD.shape[-1:]
@@ -228,11 +160,19 @@ class Layer(nn.Module):
         return rms_norm(x_xD, scale_D, self.config.rms_eps)
 
     def _project(
-        self, name: str, x_BTD: Array, lora: Params | None, features: int, bias: bool = False
-    ) -> Array:
-        projection = Projection(self.config, features, bias, self.by_row, name=name)
-        adapter = None if lora is None else lora.get(name)
-        return projection(x_BTD, adapter, self.lora_config, self.dropout)
+        self, features: dict[str, int], x_BTD: Array, lora: Params | None, bias: bool = False
+    ) -> list[Array]:
+        """Projections of one input, by name and width."""
+        settings = (bias, self.by_row, self.lora_config, self.dropout)
+        projections = [
+            Projection(self.config, (x_BTD.shape[-1], width), *settings, name=name)
+            for name, width in features.items()
+        ]
+        with jax.named_scope("_".join(features)):
+            formed = products(projections, x_BTD, self.mesh)
+        adapters = [None if lora is None else lora.get(name) for name in features]
+        each = zip(projections, formed, adapters, strict=True)
+        return [projection(x_BTD, y_BTO, adapter) for projection, y_BTO, adapter in each]
 
 
 class Decoder(nn.Module):

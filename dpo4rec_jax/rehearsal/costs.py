@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 
@@ -42,7 +42,13 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     origin: str
     times: float
-    channel: str = ""  # TPUs carry one collective through several fusions, under one channel
+    channel: str = ""
+
+    @property
+    def identity(self) -> Hashable:
+        """TPUs carry one collective through several fusions, under one channel; those that a
+        program writes itself (`psum`) all have the same, so that their origin tells them apart."""
+        return self.channel and (self.channel, self.arrays, self.groups, self.origin)
 
     @property
     def group_size(self) -> int:
@@ -85,7 +91,7 @@ class _Walk:
         computation = self._module.computations[name]
         for instruction in computation.instructions.values():
             self._count(total, computation, instruction, times, in_memory)
-        named = {each.channel or str(i): each for i, each in enumerate(total.collectives)}
+        named = {each.identity or i: each for i, each in enumerate(total.collectives)}
         total.collectives = list(named.values())
         return total
 

@@ -107,6 +107,21 @@ def test_collectives_are_of_whole_arrays_and_their_groups() -> None:
     assert reduce.origin == "jit(f)/o/dot_general"
 
 
+def summed_twice(origin: str) -> str:
+    """The loop with a second all-reduce of its result, both of channel 1."""
+    first = 'O_PRODUCT, channel_id=1, metadata={op_name="o"}\n'
+    again = f'channel_id=1, to_apply=%add, metadata={{op_name="{origin}"}}\n'
+    second = "  %again = bf16[16,64]{1,0} all-reduce(%total), replica_groups=[2,4]<=[4,2]T(1,0), "
+    plain = 'to_apply=%add, metadata={op_name="jit(f)/o/dot_general"}\n'
+    return LOOP.replace(plain, first.replace("O_PRODUCT", "to_apply=%add") + second + again)
+
+
+@pytest.mark.parametrize(("origin", "sums"), [("o", 1), ("down", 2)])
+def test_parts_of_one_collective_count_once_and_others_of_its_channel_apart(origin, sums) -> None:
+    reduces = [each for each in of(summed_twice(origin)).collectives if each.kind == "all-reduce"]
+    assert len(reduces) == sums
+
+
 def test_traffic_is_what_is_read_and_written_and_of_a_stack_one_layer() -> None:
     layer, part, whole, counter = 64 * 32 * 2, 16 * 32 * 2, 16 * 64 * 2, 4
     sliced = layer + counter + layer  # the stack's slice and index, and the copy of it
