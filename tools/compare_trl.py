@@ -404,11 +404,20 @@ def start_trl(options: argparse.Namespace) -> tuple[Callable, Callable]:
         kept = {name.replace(".weight", ".default.weight"): t for name, t in tensors.items()}
         missing = trainer.model.load_state_dict(kept, strict=False)
         assert not missing.unexpected_keys, missing.unexpected_keys[:3]
-    threading.Thread(target=trainer.train, daemon=True).start()
+
+    def train() -> None:
+        try:
+            trainer.train()
+        except Exception as error:
+            done.put(error)
+
+    threading.Thread(target=train, daemon=True).start()
 
     def step() -> dict[str, float]:
         told.put(None)
         logs = done.get()
+        if isinstance(logs, Exception):
+            raise logs
         return {
             "loss": logs["loss"],
             "rewards/chosen": logs["rewards/chosen"],
