@@ -240,7 +240,7 @@ class LoadedReranker:
             return jax.lax.map(lambda p: adapt(self.config, p, vector_xF), self._params_R)
 
         self._tables = {
-            "attribute": jnp.asarray(self._attribute_IAM),
+            "attributes": reranker.attribute_tables(self.config, jnp.asarray(self._attribute_IAM)),
             "windows": jax.tree.map(jnp.asarray, self._windows),
             "user": each(reranker.adapt_users, _on_device(self._user_UF)),
             "item": each(reranker.adapt_items, _on_device(self._item_IF)),
@@ -258,18 +258,19 @@ def _on_device(array: np.ndarray | None) -> jax.Array | None:
 @partial(jax.jit, static_argnums=0)
 def _score(config: RerankerConfig, params_R, tables, user_B, item_BN, mask_BN) -> jax.Array:
     """Mean over the members of the scores."""
-    attribute_BNAM = tables["attribute"][item_BN]
     history = None
     if tables["windows"] is not None:
         past_BH, rating_BH = (window_UH[user_B] for window_UH in tables["windows"])
-        history = reranker.History(past_BH, rating_BH, tables["attribute"][past_BH])
+        history = reranker.History(past_BH, rating_BH)
 
     def one(member):
         params, user_UO, item_IO = member
         user_BO = None if user_UO is None else user_UO[user_B]
         item_BNO = None if item_IO is None else item_IO[item_BN]
         knowledge = user_BO, item_BNO
-        return reranker.score(config, params, item_BN, mask_BN, attribute_BNAM, *knowledge, history)
+        return reranker.score(
+            config, params, item_BN, mask_BN, tables["attributes"], *knowledge, history
+        )
 
     return jax.lax.map(one, (params_R, tables["user"], tables["item"])).mean(0)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpo4rec_jax.models.list_attention import dropout
+from dpo4rec_jax.models.list_attention import LayerNorm, dropout
 
 
 class GRU(nn.Module):
@@ -52,7 +52,7 @@ class DLCM(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array, training: bool) -> jax.Array:
-        x_BND = dropout(self.dropout, training)(nn.LayerNorm()(x_BND))
+        x_BND = LayerNorm()(x_BND)
         state_BNH, last_BH = GRU(self.width, name="gru")(x_BND, mask_BN)
         local_BNH = dropout(self.dropout, training)(state_BNH)
         context_BH = jnp.tanh(nn.Dense(self.width, name="context")(last_BH))

@@ -10,28 +10,39 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dpo4rec_jax.models.list_attention import HIDDEN_SCORE, softmax
+
 RATINGS = 6  # embeddings of ratings: none, and 1 to 5 stars
-HIDDEN_SCORE = -1e9
 
 
 class TargetAttention(nn.Module):
-    """Zhou et al. 2018 (DIN), with dot products: for each candidate a mean of what was rated, and
-    of how, weighted by similarity; one learned vector where the window is empty.
+    """For each candidate a mean, by head, of what was rated and how, weighted by similarity; one
+    learned vector where the window is empty. (Zhou et al. 2018, DIN, with scaled dot products.)
 
     `rating_BH` holds stars rounded to 1..5, 0 where there is none, and -1 on padding.
     """
 
+    heads: int = 4
+    width: int = 64
+
     @nn.compact
-    def __call__(self, item_BND: jax.Array, past_BHD: jax.Array, rating_BH: jax.Array) -> jax.Array:
-        width = item_BND.shape[-1]
+    def __call__(
+        self, candidate_BND: jax.Array, past_BHD: jax.Array, rating_BH: jax.Array
+    ) -> jax.Array:
+        size = self.width // self.heads
         init = nn.initializers.normal(0.1)
-        rating = nn.Embed(RATINGS, width, embedding_init=init, name="rating")
-        empty_D = self.param("empty", nn.initializers.zeros_init(), (width,))
+        rating = nn.Embed(RATINGS, past_BHD.shape[-1], embedding_init=init, name="rating")
+        empty_W = self.param("empty", nn.initializers.zeros_init(), (self.width,))
         mask_BH = rating_BH >= 0
-        value_BHD = past_BHD + rating(jnp.maximum(rating_BH, 0))
-        query_BND = nn.Dense(width, name="query")(item_BND)
-        score_BNH = jnp.einsum("bnd,bhd->bnh", query_BND, past_BHD)
-        score_BNH = jnp.where(mask_BH[:, None], score_BNH, HIDDEN_SCORE)
-        weight_BNH = nn.softmax(score_BNH, axis=-1)
-        found_BND = jnp.einsum("bnh,bhd->bnd", weight_BNH, value_BHD)
-        return jnp.where(mask_BH.any(-1)[:, None, None], found_BND, empty_D[None, None])
+        past_BHD = past_BHD + rating(jnp.maximum(rating_BH, 0))
+        query_BNW = nn.Dense(self.width, name="query")(candidate_BND)
+        key_value = nn.Dense(2 * self.width, name="key_value")(past_BHD)
+        query_BNhd = query_BNW.reshape(*query_BNW.shape[:-1], self.heads, size)
+        key_BHhd, value_BHhd = (
+            x.reshape(*x.shape[:-1], self.heads, size) for x in jnp.split(key_value, 2, axis=-1)
+        )
+        score_BhNH = jnp.einsum("bnhd,bkhd->bhnk", query_BNhd, key_BHhd) * size**-0.5
+        score_BhNH = jnp.where(mask_BH[:, None, None], score_BhNH, HIDDEN_SCORE)
+        weight_BhNH = softmax(score_BhNH)
+        found_BNW = jnp.einsum("bhnk,bkhd->bnhd", weight_BhNH, value_BHhd).reshape(query_BNW.shape)
+        return jnp.where(mask_BH.any(-1)[:, None, None], found_BNW, empty_W[None, None])

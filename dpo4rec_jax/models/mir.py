@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from dpo4rec_jax.models.backbones import Window
 from dpo4rec_jax.models.dlcm import GRU
-from dpo4rec_jax.models.list_attention import HIDDEN_SCORE, Attention, dropout
+from dpo4rec_jax.models.list_attention import HIDDEN_SCORE, Attention, LayerNorm, dropout, softmax
 
 
 class SetToList(nn.Module):
@@ -67,12 +67,12 @@ class MIR(nn.Module):
         self, x_BND: jax.Array, mask_BN: jax.Array, training: bool, window: Window
     ) -> jax.Array:
         drop = dropout(self.dropout, training)
-        x_BND = drop(nn.Dense(self.width, name="candidate")(nn.LayerNorm()(x_BND)))
-        past_BHD = nn.Dense(self.width, name="past")(nn.LayerNorm()(window.item_BHD))
+        x_BND = nn.Dense(self.width, name="candidate")(LayerNorm()(x_BND))
+        past_BHD = nn.Dense(self.width, name="past")(LayerNorm()(window.item_BHD))
         set_BND = x_BND + Attention(self.heads, name="within_set")(x_BND, x_BND, mask_BN)
         list_BHD = past_BHD + GRU(self.width, name="within_list")(past_BHD, window.mask_BH)[0]
         crossed = SetToList(name="between")(set_BND, list_BHD, mask_BN, window.mask_BH)
-        h_BND = nn.LayerNorm()(jnp.concatenate([x_BND, set_BND, *crossed], axis=-1))
+        h_BND = LayerNorm()(jnp.concatenate([x_BND, set_BND, *crossed], axis=-1))
         for i, size in enumerate(self.hidden):
             h_BND = drop(nn.relu(nn.Dense(size, name=f"hidden_{i}")(h_BND)))
         return nn.Dense(1, name="score")(h_BND)[..., 0]
@@ -81,4 +81,4 @@ class MIR(nn.Module):
 def _weights(score_BNS: jax.Array, mask_BS: jax.Array) -> jax.Array:
     """Softmax over what is real; all zero where nothing is."""
     score_BNS = jnp.where(mask_BS[:, None], score_BNS, HIDDEN_SCORE)
-    return nn.softmax(score_BNS, axis=-1) * mask_BS[:, None]
+    return softmax(score_BNS) * mask_BS[:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from dpo4rec_jax.models.list_attention import Block, dropout
+from dpo4rec_jax.models.list_attention import Block, LayerNorm, dropout
 
 
 class PRM(nn.Module):
@@ -20,7 +20,7 @@ class PRM(nn.Module):
         position_ND = self.param("position", nn.initializers.normal(0.02), x_BND.shape[1:])
         x_BND = x_BND + position_ND[None]
         x_BND = Block(self.heads, 0, self.dropout, name="block")(x_BND, None, mask_BN, training)
-        x_BND = nn.LayerNorm(name="norm")(x_BND)
+        x_BND = LayerNorm(name="norm")(x_BND)
         for i, width in enumerate(self.hidden):
             x_BND = nn.relu(nn.Dense(width, name=f"hidden_{i}")(x_BND))
             x_BND = dropout(self.dropout, training)(x_BND)

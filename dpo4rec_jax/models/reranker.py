@@ -56,11 +56,28 @@ class RerankerConfig:
 
 
 class History(NamedTuple):
-    """The users' windows: items, their stars (0: none, -1: padding) and their attributes."""
+    """The users' windows: items and their stars (0: none, -1: padding)."""
 
     item_BH: jax.Array
     rating_BH: jax.Array
-    attribute_BHAM: jax.Array
+
+
+# Of each attribute of every item: shares_IV of its values, or value_IM, padded with -1.
+Attributes = tuple[jax.Array, ...]
+
+
+def attribute_tables(config: RerankerConfig, attribute_IAM: Int[jax.Array, "I A M"]) -> Attributes:
+    """What a step looks up of the items' attributes, made once for many steps."""
+    return tuple(
+        _shares(attribute_IAM[:, a], size) if size <= MULTI_HOT else attribute_IAM[:, a]
+        for a, size in enumerate(config.attribute_sizes)
+    )
+
+
+def _shares(value_IM: jax.Array, size: int) -> jax.Array:
+    """Multi-hot rows that sum to 1; zeros where there is no value."""
+    count_I1 = jnp.maximum((value_IM >= 0).sum(-1, keepdims=True), 1)
+    return jax.nn.one_hot(value_IM, size, dtype=jnp.float32).sum(-2) / count_I1
 
 
 class Reranker(nn.Module):
@@ -75,6 +92,8 @@ class Reranker(nn.Module):
         ]
         if config.user_features or config.item_features:
             self.adaptor = ADAPTORS[config.adaptor]()
+        # Of the whole list at once, as within the backbones.
+        self.drop = nn.Dropout(config.dropout, broadcast_dims=(1,))
         if config.history:
             self.history = TargetAttention()
         if reads_history(config.backbone):
@@ -86,38 +105,42 @@ class Reranker(nn.Module):
     def adapt(self, x: jax.Array, side: str) -> jax.Array:
         return self.adaptor(x, side)
 
-    def score(self, item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, history, training: bool):
-        parts = [self.item_embed(item_BN)]
+    def score(
+        self, item_BN, mask_BN, attributes: Attributes, user_BO, item_BNO, history, training: bool
+    ):
+        parts = self.embedded(item_BN, attributes)
         if self.config.history:
-            parts.append(
-                self.history(parts[0], self.item_embed(history.item_BH), history.rating_BH)
+            past = self.embedded(history.item_BH, attributes)
+            found_BNW = self.history(
+                jnp.concatenate(parts, axis=-1), jnp.concatenate(past, axis=-1), history.rating_BH
             )
-        parts += self.attributes(attribute_BNAM)
+            parts.append(found_BNW)
         if user_BO is not None:
             parts.append(jnp.broadcast_to(user_BO[:, None], (*item_BN.shape, user_BO.shape[-1])))
         if item_BNO is not None:
             parts.append(item_BNO)
-        x_BND = jnp.concatenate(parts, axis=-1)
+        x_BND = self.drop(jnp.concatenate(parts, axis=-1), deterministic=not training)
         if not reads_history(self.config.backbone):
             return self.backbone(x_BND, mask_BN, training)
-        return self.backbone(x_BND, mask_BN, training, self.window(history))
+        return self.backbone(x_BND, mask_BN, training, self.window(history, attributes))
 
-    def attributes(self, attribute_BNAM: jax.Array) -> list[jax.Array]:
-        return [
-            _mean_embedding(embed, attribute_BNAM[:, :, a])
-            for a, embed in enumerate(self.attribute_embed)
+    def embedded(self, item_BN: jax.Array, attributes: Attributes) -> list[jax.Array]:
+        """The items' id embeddings, and those of their attributes."""
+        return [self.item_embed(item_BN)] + [
+            _mean_embedding(embed, table[item_BN])
+            for embed, table in zip(self.attribute_embed, attributes, strict=True)
         ]
 
-    def window(self, history: History) -> Window:
+    def window(self, history: History, attributes: Attributes) -> Window:
         rating_BHD = self.rating_embed(jnp.maximum(history.rating_BH, 0))
-        parts = [self.item_embed(history.item_BH), *self.attributes(history.attribute_BHAM)]
+        parts = self.embedded(history.item_BH, attributes)
         return Window(jnp.concatenate([*parts, rating_BHD], axis=-1), history.rating_BH >= 0)
 
-    def everything(self, item_BN, mask_BN, attribute_BNAM, user_BF, item_BNF, history):
+    def everything(self, item_BN, mask_BN, attributes, user_BF, item_BNF, history):
         """Touches every parameter, for `init`."""
         user_BO = None if user_BF is None else self.adapt(user_BF, "user")
         item_BNO = None if item_BNF is None else self.adapt(item_BNF, "item")
-        return self.score(item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, history, False)
+        return self.score(item_BN, mask_BN, attributes, user_BO, item_BNO, history, False)
 
 
 def init(config: RerankerConfig, key: jax.Array) -> dict[str, Any]:
@@ -129,10 +152,10 @@ def init(config: RerankerConfig, key: jax.Array) -> dict[str, Any]:
         key,
         jnp.zeros(shape, jnp.int32),
         jnp.ones(shape, bool),
-        jnp.zeros((*shape, len(config.attribute_sizes), 1), jnp.int32),
+        attribute_tables(config, jnp.zeros((1, len(config.attribute_sizes), 1), jnp.int32)),
         user_BF,
         item_BNF,
-        _no_history(config) if config.reads_windows else None,
+        History(*[jnp.zeros((1, 1), jnp.int32)] * 2) if config.reads_windows else None,
         method="everything",
     )
     return variables["params"]
@@ -157,7 +180,7 @@ def score(
     params: Params,
     item_BN: Int[jax.Array, "B N"],
     mask_BN: Bool[jax.Array, "B N"],
-    attribute_BNAM: Int[jax.Array, "B N A M"],
+    attributes: Attributes,
     user_BO: Float[jax.Array, "B O"] | None = None,
     item_BNO: Float[jax.Array, "B N O"] | None = None,
     history: History | None = None,
@@ -165,18 +188,13 @@ def score(
 ) -> Float[jax.Array, "B N"]:
     """Scores of the candidates, float32, 0 on padding; a `key` turns dropout on.
 
-    `attribute_BNAM` holds each candidate's values of each attribute, -1 where there are fewer.
+    `attributes` are the tables of all items (`attribute_tables`).
     `user_BO` and `item_BNO` are what the adaptors returned, None for a side without knowledge.
     `history`: each user's window, where the re-ranker reads windows.
     """
-    arguments = (item_BN, mask_BN, attribute_BNAM, user_BO, item_BNO, history, key is not None)
+    arguments = (item_BN, mask_BN, attributes, user_BO, item_BNO, history, key is not None)
     score_BN = _apply(config, params, key, "score", *arguments)
     return jnp.where(mask_BN, score_BN.astype(jnp.float32), 0.0)
-
-
-def _no_history(config: RerankerConfig) -> History:
-    empty_BH = jnp.zeros((1, 1), jnp.int32)
-    return History(empty_BH, empty_BH, jnp.zeros((1, 1, len(config.attribute_sizes), 1), jnp.int32))
 
 
 def _apply(
@@ -186,12 +204,11 @@ def _apply(
     return Reranker(config).apply({"params": params}, *args, method=method, rngs=rngs)
 
 
-def _mean_embedding(embed: nn.Embed, value_BNM: jax.Array) -> jax.Array:
+def _mean_embedding(embed: nn.Embed, value_BNx: jax.Array) -> jax.Array:
     """Mean of the embeddings of an attribute's values; zeros where there is none."""
-    known_BNM = value_BNM >= 0
-    count_BN1 = jnp.maximum(known_BNM.sum(-1, keepdims=True), 1)
     if embed.num_embeddings <= MULTI_HOT:
-        one_hot = jax.nn.one_hot(value_BNM, embed.num_embeddings, dtype=embed.embedding.dtype)
-        return (one_hot.sum(-2) / count_BN1) @ embed.embedding
-    value_BNMD = embed(jnp.where(known_BNM, value_BNM, 0))
+        return value_BNx @ embed.embedding
+    known_BNM = value_BNx >= 0
+    count_BN1 = jnp.maximum(known_BNM.sum(-1, keepdims=True), 1)
+    value_BNMD = embed(jnp.where(known_BNM, value_BNx, 0))
     return jnp.where(known_BNM[..., None], value_BNMD, 0.0).sum(-2) / count_BN1

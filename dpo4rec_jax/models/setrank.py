@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpo4rec_jax.models.list_attention import Block
+from dpo4rec_jax.models.list_attention import Block, LayerNorm
 
 
 class SetRank(nn.Module):
@@ -40,7 +40,7 @@ class SetRank(nn.Module):
             gather = Block(self.heads, self.hidden, self.dropout, name=f"gather_{i}")
             summary_BSD = gather(point_BSD, x_BND, mask_BN, training)
             x_BND = block(x_BND, summary_BSD, jnp.ones(summary_BSD.shape[:2], bool), training)
-        x_BND = nn.LayerNorm(name="norm")(x_BND)
+        x_BND = LayerNorm(name="norm")(x_BND)
         init = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
         return nn.Dense(1, kernel_init=init, name="score")(x_BND)[..., 0]
 

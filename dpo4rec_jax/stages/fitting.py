@@ -17,7 +17,7 @@ from dpo4rec_jax.config import InputError, RankConfig
 from dpo4rec_jax.data.prepared import TRAIN, VALIDATION, Prepared
 from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.lists import Lists, count_distinct, map_lists, score_batch
-from dpo4rec_jax.models.reranker import RerankerConfig
+from dpo4rec_jax.models.reranker import RerankerConfig, attribute_tables
 from dpo4rec_jax.objectives import listwise_loss, ndcg
 from dpo4rec_jax.runtime.fit import Fitted, Problem, Schedule, fit
 from dpo4rec_jax.stages.arms import lists_in, reranker_config
@@ -104,14 +104,17 @@ def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Proble
     """The loss of a batch of lists and the validation ndcg@5, as functions of one member."""
 
     def draw(data: FitData, key: jax.Array):
-        """The text by which each user is shown in this epoch."""
+        """The text by which each user is shown in this epoch, and the items' attributes."""
+        attributes = attribute_tables(config, data.lists.attribute_IAM)
         if data.lists.count_U is None or user_text != "any":
-            return None
-        return drawn_texts(data.lists.count_U, key)
+            return None, attributes
+        return drawn_texts(data.lists.count_U, key), attributes
 
-    def loss(params, data: FitData, text_U, index_B, key, capacity):
-        lists = data.lists
+    def loss(params, data: FitData, drawn, index_B, key, capacity):
+        lists, (text_U, attributes) = data.lists, drawn
         sample_B = None if text_U is None else text_U[lists.user_L[index_B]]
+        # The order that lists come in says nothing; in another one each epoch none is learnt.
+        order_N = jax.random.permutation(jax.random.fold_in(key, 1), lists.item_LN.shape[1])
         score_BN = score_batch(
             config,
             params,
@@ -120,8 +123,10 @@ def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Proble
             sample_B,
             capacity=capacity or None,
             key=key if config.dropout else None,
+            order_N=order_N,
+            attributes=attributes,
         )
-        label_BN, mask_BN = lists.label_LN[index_B], lists.mask_LN[index_B]
+        label_BN, mask_BN = (x[index_B][:, order_N] for x in (lists.label_LN, lists.mask_LN))
         return listwise_loss(score_BN, label_BN, where=mask_BN, kind=loss_kind)
 
     def validate(params, data: FitData):

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dpo4rec_jax.models import lists as device_lists
 from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.adaptor import ADAPTORS
 from dpo4rec_jax.models.backbones import BACKBONES
 from dpo4rec_jax.models.dlcm import GRU
+from dpo4rec_jax.models.list_attention import HIDDEN_SCORE, LayerNorm, softmax
 from dpo4rec_jax.models.lists import Lists
 from dpo4rec_jax.models.reranker import RerankerConfig
 
@@ -190,6 +192,33 @@ def test_hybrid_adaptor_is_the_gated_sum_of_shared_and_dedicated_perceptrons():
     )
 
 
+def value_and_gradient(function, x):
+    """Of a sum over the outputs, each weighted differently."""
+    weight = jnp.asarray(np.random.default_rng(3).normal(size=x.shape), jnp.float32)
+    return jax.jit(lambda x: (function(x), jax.grad(lambda x: (function(x) * weight).sum())(x)))(x)
+
+
+@pytest.mark.parametrize("width", [1, 10, 64])
+def test_softmax_by_products_equals_jaxs(width):
+    x = jnp.asarray(np.random.default_rng(0).normal(scale=9.0, size=(4, 7, width)), jnp.float32)
+    x = x.at[0, :, width // 2 :].set(HIDDEN_SCORE).at[1, 0].set(HIDDEN_SCORE)
+    ours, theirs = value_and_gradient(softmax, x), value_and_gradient(jax.nn.softmax, x)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_layer_norm_by_products_equals_flaxs():
+    x = jnp.asarray(np.random.default_rng(0).normal(3.0, 2.0, (4, 7, 64)), jnp.float32)
+    x = x.at[0, 0].set(5.0)  # no variance
+    random = np.random.default_rng(1)
+    params = {name: jnp.asarray(random.normal(size=64), jnp.float32) for name in ("scale", "bias")}
+    ours, theirs = (
+        value_and_gradient(lambda x, m=module: m.apply({"params": params}, x), x)
+        for module in (LayerNorm(), nn.LayerNorm(use_fast_variance=False))
+    )
+    np.testing.assert_allclose(ours[0], theirs[0], atol=1e-5)
+    np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5, rtol=1e-5)
+
+
 def apply(module: GRU, variables: Any, *arguments: Any) -> Any:
     return module.apply(variables, *arguments)
 
@@ -227,6 +256,21 @@ def test_gru_state_passes_padding_by():
     kept = x[:, [0, 2, 3]]
     _, expected = apply(module, variables, kept, jnp.ones((1, 3), bool))
     np.testing.assert_allclose(last, expected, atol=1e-6)
+
+
+def test_distinct_items_are_ascending_and_every_candidate_finds_its_own():
+    item_BN = jnp.asarray([[5, 2, 5], [29, 0, 2]])
+    distinct_K, place_BN = device_lists.distinct(item_BN, 6, ITEMS)
+    np.testing.assert_array_equal(distinct_K, [0, 2, 5, 29, 0, 0])
+    np.testing.assert_array_equal(distinct_K[place_BN], item_BN)
+
+
+def test_candidates_in_another_order_are_scored_as_a_list_in_that_order():
+    config, params, lists = make("prm")
+    order = np.random.default_rng(2).permutation(N)
+    index = jnp.arange(LISTS)
+    moved = score_some(config, params, lists, index, order_N=jnp.asarray(order))
+    np.testing.assert_allclose(moved, score(config, params, permuted(lists, order)), atol=1e-6)
 
 
 def test_dropout_takes_a_key_and_drops_features_of_the_whole_list():
