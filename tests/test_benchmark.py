@@ -51,6 +51,19 @@ def test_dpo_figures_agree_with_each_other(config_path, tmp_path, method) -> Non
     assert dpo["peak_bytes"] > 0 and dpo["bytes_moved_a_step"] > 0
 
 
+def test_rank_figures_are_of_one_seed_and_of_all(config_path, tmp_path) -> None:
+    output = tmp_path / "figures.json"
+    sizes = ["data.synthetic.users=30", "rank.seeds=2", "encode.encoder=hashing"]
+    arguments = ["--config", config_path, "--what", "rank", "--output", str(output)]
+    assert benchmark.main(arguments + [f"--set={size}" for size in sizes]) == 0
+    rank = json.loads(output.read_text(encoding="utf-8"))["rank"]
+    for knowledge in ("without", "with"):
+        for seeds in (1, 2):
+            figures = rank[f"{knowledge}_knowledge_{seeds}_seeds"]
+            lists = seeds * rank["train_lists"]
+            assert figures["lists_per_second"] == pytest.approx(lists / figures["epoch_seconds"])
+
+
 def test_an_unknown_part_is_one_line_and_status_2(config_path, capsys) -> None:
     assert benchmark.main(["--config", config_path, "--what", "smapling"]) == 2
     error = capsys.readouterr().err

@@ -33,13 +33,14 @@ def _prepared(data: str, seed: int, cache_dir: str) -> Prepared:
     return build(DataConfig.model_validate_json(data), seed, cache_dir)
 
 
-def features_of(config: Config, architecture: LlamaConfig) -> int:
-    """Length of the vectors that the config's encoder makes. Raises InputError for an encoder that
-    is not to be found."""
+def features_of(config: Config, architecture: LlamaConfig | None) -> int:
+    """Length of the vectors that the config's encoder makes; `architecture` is the policy's, where
+    that encodes. Raises InputError for an encoder that is not to be found."""
     name = config.encode.encoder
     if name == "hashing":
         return config.encode.features
     if name == "policy":
+        assert architecture is not None
         return architecture.width
     if name in FEATURES:
         return FEATURES[name]
