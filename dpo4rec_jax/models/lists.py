@@ -71,18 +71,15 @@ def score_batch(
     sample_B: Int[jax.Array, " B"] | None = None,
     capacity: int | None = None,
     key: jax.Array | None = None,
-    order_N: Int[jax.Array, " N"] | None = None,
     attributes: Attributes | None = None,
 ) -> Float[jax.Array, "B N"]:
     """Scores of the lists at `index_B` with each one's user shown by text `sample_B`.
 
     `capacity` bounds the distinct items of the batch (`count_distinct`), None: any number. A `key`
-    turns dropout on. `order_N` puts the candidates, and with them the scores, in another order.
-    `attributes`: what `attribute_tables` made of the items', where a caller scores many batches.
+    turns dropout on. `attributes`: what `attribute_tables` made of the items', where a caller scores
+    many batches.
     """
     item_BN, user_B, mask_BN = lists.item_LN[index_B], lists.user_L[index_B], lists.mask_LN[index_B]
-    if order_N is not None:
-        item_BN, mask_BN = item_BN[:, order_N], mask_BN[:, order_N]
     if attributes is None:
         attributes = attribute_tables(config, lists.attribute_IAM)
     user_BO = item_BNO = None

@@ -113,8 +113,6 @@ def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Proble
     def loss(params, data: FitData, drawn, index_B, key, capacity):
         lists, (text_U, attributes) = data.lists, drawn
         sample_B = None if text_U is None else text_U[lists.user_L[index_B]]
-        # The order that lists come in says nothing; in another one each epoch none is learnt.
-        order_N = jax.random.permutation(jax.random.fold_in(key, 1), lists.item_LN.shape[1])
         score_BN = score_batch(
             config,
             params,
@@ -123,10 +121,9 @@ def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Proble
             sample_B,
             capacity=capacity or None,
             key=key if config.dropout else None,
-            order_N=order_N,
             attributes=attributes,
         )
-        label_BN, mask_BN = (x[index_B][:, order_N] for x in (lists.label_LN, lists.mask_LN))
+        label_BN, mask_BN = lists.label_LN[index_B], lists.mask_LN[index_B]
         return listwise_loss(score_BN, label_BN, where=mask_BN, kind=loss_kind)
 
     def validate(params, data: FitData):

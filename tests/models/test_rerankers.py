@@ -265,14 +265,6 @@ def test_distinct_items_are_ascending_and_every_candidate_finds_its_own():
     np.testing.assert_array_equal(distinct_K[place_BN], item_BN)
 
 
-def test_candidates_in_another_order_are_scored_as_a_list_in_that_order():
-    config, params, lists = make("prm")
-    order = np.random.default_rng(2).permutation(N)
-    index = jnp.arange(LISTS)
-    moved = score_some(config, params, lists, index, order_N=jnp.asarray(order))
-    np.testing.assert_allclose(moved, score(config, params, permuted(lists, order)), atol=1e-6)
-
-
 def test_dropout_takes_a_key_and_drops_features_of_the_whole_list():
     config, params, lists = make("prm", dropout=0.5)
     first, again, second = (
