@@ -76,8 +76,8 @@ def score_batch(
     """Scores of the lists at `index_B` with each one's user shown by text `sample_B`.
 
     `capacity` bounds the distinct items of the batch (`count_distinct`), None: any number. A `key`
-    turns dropout on. `attributes`: what `attribute_tables` made of the items', where a caller scores
-    many batches.
+    turns dropout on. `attributes`: what `attribute_tables` made of those of all items, where a
+    caller scores many batches.
     """
     item_BN, user_B, mask_BN = lists.item_LN[index_B], lists.user_L[index_B], lists.mask_LN[index_B]
     if attributes is None:
