@@ -26,6 +26,7 @@ FILE = re.compile(r"# file: (\S+)\n")
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # a command starts itself anew only where it is unset
     return tmp_path
 
 
