@@ -9,6 +9,7 @@ line; jax's own heartbeat then ends the others.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,7 +26,7 @@ T = TypeVar("T")
 POLL_SECONDS = 1.0
 SILENT_SECONDS = 10.0  # without a sign of life, a process is named as the likely culprit
 GRACE_SECONDS = 10.0  # from another's failure to the end of a process that does not notice it
-LINGER_SECONDS = 20.0  # process 0 holds the store: the longest it waits for the others to read it
+LINGER_SECONDS = 20.0  # the longest that a process which ends waits for the others to end as well
 
 
 class Stopped(BaseException):
@@ -180,10 +181,9 @@ class Processes:
             known = _failure(self._store.get("failure"))
             if known is not None:
                 return known
-            silent = self._store.get("silent")
-            if silent:
+            if silent := self._store.all("silent/"):
                 return Failure(
-                    f"process {silent} stopped answering: killed, or its machine is down; "
+                    f"process {min(silent)} stopped answering: killed, or its machine is down; "
                     "continue with --resume",
                     1,
                 )
@@ -191,14 +191,22 @@ class Processes:
         return None
 
     def _end(self, status: int) -> NoReturn:
+        """Ends this process once all others are ending, or gone.
+
+        Not before: its connections close with it, and gloo aborts (SIGABRT, and not a line of ours)
+        a process whose peer leaves in the middle of a collective.
+        """
         assert self._store is not None
-        self._store.set(f"left/{self.index}", "")
-        until = time.monotonic() + (LINGER_SECONDS if self.main else 0.0)
-        while time.monotonic() < until:
-            gone = len(self._store.all("left/")) + len(self._silence.silent())
-            if gone >= self.count:
-                break
-            time.sleep(POLL_SECONDS / 4)
+        with contextlib.suppress(RuntimeError):  # the store went with process 0
+            self._store.set(f"left/{self.index}", "")
+            until = time.monotonic() + LINGER_SECONDS
+            while time.monotonic() < until:
+                gone = self._store.all("left/").keys() | self._store.all("silent/").keys()
+                if len(gone) >= self.count:
+                    break
+                time.sleep(POLL_SECONDS / 4)
+            if self.main:  # it holds the store, in which the others have yet to read this
+                time.sleep(POLL_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -218,7 +226,7 @@ class Processes:
         if self.main:
             self._silence.listen(self._store.all("alive/"))
             for index in self._silence.newly_silent():
-                self._store.set("silent", index)
+                self._store.set(f"silent/{index}", "")
                 _say(
                     f"process {index} has not answered for {SILENT_SECONDS:.0f} s: killed, or its "
                     "machine is down"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -136,8 +137,33 @@ def test_of_several_failures_all_tell_the_first(run: list[Processes]) -> None:
     assert run[0].first(Failure("error: later", 1)) == first == Failure("error: first", 2, 2)
 
 
+def test_nobody_ends_before_the_others_end_or_are_gone(
+    run: list[Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes.os, "_exit", sys.exit)  # of a thread
+    ended: dict[int, float] = {}
+
+    def leave(index: int, after: float) -> None:
+        time.sleep(after)
+        with pytest.raises(SystemExit):
+            run[index].leave(2)
+        ended[index] = time.monotonic()
+
+    began = time.monotonic()
+    threads = [threading.Thread(target=leave, args=each) for each in ((0, 0.0), (1, 0.3))]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.6)
+    assert not ended
+    run[0]._store.set("silent/2", "")  # type: ignore[union-attr]
+    for thread in threads:
+        thread.join(timeout=20)
+    assert ended.keys() == {0, 1}
+    assert min(ended.values()) - began >= 0.6
+
+
 def test_an_echo_of_a_killed_process_names_that_one(run: list[Processes]) -> None:
-    run[0]._store.set("silent", "2")  # type: ignore[union-attr]
+    run[0]._store.set("silent/2", "")  # type: ignore[union-attr]
     found = run[1].first(Failure("process 1 failed: connection reset", 1), may_be_an_echo=True)
     assert found.line.startswith("process 2 stopped answering")
 
