@@ -7,4 +7,9 @@ N list items, C completions of one prompt, F features, U users, I items, P pair 
 re-rankers). `mask_` is True where real; `logp_` is in nats, float32.
 """
 
+import os
+
+# transformers serves as a tokenizer here; that PyTorch is missing is no news.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 __version__ = "0.1.0"

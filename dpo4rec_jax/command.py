@@ -20,6 +20,8 @@ WHAT_TO_DO = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), MAKE_WRITABLE),
 }
 
+NO_ROOM = os.strerror(errno.ENOSPC)
+
 DONE, OURS, USERS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 TRANSPARENT_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -93,6 +95,8 @@ def _failure(error: BaseException) -> Failure:
         what = WHAT_TO_DO.get(error.errno or 0, "")
         return Failure(f"error: {where}{error.strerror or error}{what}", USERS)
     reason = (str(error).strip().splitlines() or [""])[0]
+    if NO_ROOM in reason:  # of libraries with errors of their own
+        return Failure(f"error: {reason}{MAKE_ROOM}", USERS)
     return Failure(
         f"process {this().index} failed: {type(error).__name__}: {reason}; its own output has the "
         "traceback",

@@ -49,6 +49,12 @@ class PromptsConfig(Section):
     system: str | None = field(None, "system message of every prompt; null: none")
     user: str | None = field(None, "of a user: {profile} {history} {factors}; null: the domain's")
     item: str | None = field(None, "of an item: {title} {attributes} {factors}; null: the domain's")
+    rated: str | None = field(
+        None, "rated items in {history}: {title} {attributes} {stars} {verdict}; null: the domain's"
+    )
+    unrated: str | None = field(
+        None, "unrated items in {history}: {title} {attributes}; null: the domain's"
+    )
     factors: list[str] | None = field(None, "factors to reason about; null: the domain's own")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dpo4rec_jax.command import exit_status
 from dpo4rec_jax.config import Config, InputError, load_config
-from dpo4rec_jax.workspace import Workspace
+from dpo4rec_jax.workspace import Workspace, write_safetensors
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -69,7 +69,11 @@ def export_policy(config: Config, workspace: Workspace, to: Path, dtype: str | N
         cache_dir=config.runtime.cache_dir,
     )
     save_policy(policy, to)
-    return f"policy after {config.rounds} alignments ({policy.config.param_dtype})"
+    return f"policy after {alignments(config.rounds)} ({policy.config.param_dtype})"
+
+
+def alignments(count: int) -> str:
+    return "1 alignment" if count == 1 else f"{count} alignments"
 
 
 def export_adapter(config: Config, workspace: Workspace, to: Path, dtype: str | None) -> str:
@@ -89,14 +93,12 @@ def export_adapter(config: Config, workspace: Workspace, to: Path, dtype: str | 
     loaded = [peft.load_adapter(directory, architecture) for directory in adapters]
     adapter, lora_config = loaded[0] if len(loaded) == 1 else peft.combine(loaded)
     peft.save_adapter(to, architecture, adapter, lora_config, base=path)
-    return f"adapter of {len(loaded)} alignments, rank {lora_config.rank}, on {path}"
+    return f"adapter of {alignments(len(loaded))}, rank {lora_config.rank}, on {path}"
 
 
 def export_knowledge(config: Config, workspace: Workspace, to: Path, dtype: str | None) -> str:
     """Writes knowledge.safetensors (user_UxCxF, user_count, item_IxF) and, row by row, the ids."""
-    import numpy as np
     import polars as pl
-    from safetensors.numpy import save_file
 
     from dpo4rec_jax.data.knowledge import Knowledge
 
@@ -110,11 +112,11 @@ def export_knowledge(config: Config, workspace: Workspace, to: Path, dtype: str 
     knowledge = Knowledge.load(workspace.stage_dir("encode", done[-1]) / "vectors.npz")
     to.mkdir(parents=True, exist_ok=True)
     tensors = {
-        "user_UxCxF": np.ascontiguousarray(knowledge.user_UCF),
-        "user_count": np.ascontiguousarray(knowledge.count_U),
-        "item_IxF": np.ascontiguousarray(knowledge.item_IF),
+        "user_UxCxF": knowledge.user_UCF,
+        "user_count": knowledge.count_U,
+        "item_IxF": knowledge.item_IF,
     }
-    save_file(tensors, to / "knowledge.safetensors", metadata={"round": str(done[-1])})
+    write_safetensors(to / "knowledge.safetensors", tensors, {"round": str(done[-1])})
     users = pl.DataFrame({"user": knowledge.user_id, "num_texts": knowledge.count_U})
     users.with_row_index("row").write_parquet(to / "users.parquet")
     items = pl.DataFrame({"item": knowledge.item_id})

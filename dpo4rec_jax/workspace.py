@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from typing import Any
 
 import numpy as np
 import yaml
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from dpo4rec_jax import __version__
 from dpo4rec_jax.config import Config, InputError, dump_config
@@ -313,6 +316,24 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], *, own: bool = False
         return
     with _replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+
+
+def write_safetensors(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Arrays by name. Of metadata, one entry at the most: safetensors writes several in an order of
+    chance, and equal arrays in other bytes."""
+    if not this().main:
+        return
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with _replacing(path) as temporary:
+        try:
+            save_file(whole, temporary, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):
+                code = int(number[1])
+                raise OSError(code, os.strerror(code), str(path)) from None
+            raise
 
 
 @contextlib.contextmanager

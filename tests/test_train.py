@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import SafetensorError
 
-from dpo4rec_jax import train
-from dpo4rec_jax.workspace import Stage, Workspace
+from dpo4rec_jax import train, workspace
+from dpo4rec_jax.workspace import Stage, Workspace, write_safetensors
 
 TINY_WORLD = "data: {name: synthetic, synthetic: {users: 40, items: 30, interactions: 20}}\n"
 
@@ -103,14 +105,32 @@ def test_a_signal_stops_the_run_where_it_may_save(
 def test_a_full_disk_says_what_to_do(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(stage: Stage) -> None:
+    def npz(stage: Stage) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "w/x.npz")
 
-    monkeypatch.setattr("dpo4rec_jax.stages.prepare.run", full)
-    assert prepare(config, tmp_path / "w") == 2
-    assert capsys.readouterr().err.endswith(
-        "error: w/x.npz: No space left on device; make room and continue with --resume\n"
+    def arrays(stage: Stage) -> None:
+        write_safetensors(stage.directory / "x.safetensors", {"x": np.ones(4)})
+
+    def save_file(*_: object, **__: object) -> None:  # its words on a disk that was full
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
+
+    def library(stage: Stage) -> None:
+        raise ValueError("w/orbax: No space left on device [os_error='ENOSPC']\nin some function")
+
+    says = (
+        (npz, "error: w/x.npz: No space left on device; make"),
+        (arrays, f"error: {tmp_path}/w/prepare/x.safetensors: No space left on device; make"),
+        (library, "error: w/orbax: No space left on device [os_error='ENOSPC']; make"),
     )
+    monkeypatch.setattr(workspace, "save_file", save_file)
+    for full, line in says:
+        monkeypatch.setattr("dpo4rec_jax.stages.prepare.run", full)
+        assert prepare(config, tmp_path / "w") == 2
+        said = capsys.readouterr().err
+        assert said.endswith(f"{line} room and continue with --resume\n")
+        assert "Traceback" not in said
 
 
 def test_a_workspace_in_use_is_refused(

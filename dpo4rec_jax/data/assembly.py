@@ -111,8 +111,8 @@ def window_entries(
     length_U = indexed.length_U
     place_E = np.arange(len(indexed.user_E)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
     seen_E = place_E < np.repeat(window_U, length_U)
-    titles = (items[i]["title"] for i in indexed.item_E[seen_E].tolist())
-    entries = history_entries(domain, titles, indexed.rating_E[seen_E].tolist(), threshold)
+    seen = (items[i] for i in indexed.item_E[seen_E].tolist())
+    entries = history_entries(domain, seen, indexed.rating_E[seen_E].tolist(), threshold)
     ends = np.cumsum(window_U).tolist()
     return [entries[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 

@@ -120,9 +120,12 @@ DOMAINS = {
     ),
 }
 
+# Of each template: the placeholders it may hold, and the one that makes prompts differ.
 PLACEHOLDERS = {
-    "user": ("profile", "history", "factors"),
-    "item": ("title", "attributes", "factors"),
+    "user": (("profile", "history", "factors"), "history"),
+    "item": (("title", "attributes", "factors"), "title"),
+    "rated": (("title", "attributes", "stars", "verdict"), "title"),
+    "unrated": (("title", "attributes"), "title"),
 }
 
 
@@ -133,10 +136,10 @@ def customise(domain: Domain, config: PromptsConfig) -> Domain:
     placeholder that makes prompts differ.
     """
     changes: dict[str, Any] = {}
-    for kind, needed in (("user", "history"), ("item", "title")):
+    for kind, (allowed, needed) in PLACEHOLDERS.items():
         template = getattr(config, kind)
         if template is not None:
-            _check_template(template, f"data.prompts.{kind}", PLACEHOLDERS[kind], needed)
+            _check_template(template, f"data.prompts.{kind}", allowed, needed)
             changes[kind] = template
     if config.factors is not None:
         changes["factors"] = tuple(config.factors)
@@ -154,10 +157,9 @@ def user_prompt(
 
 
 def item_prompt(domain: Domain, item: dict[str, Any], system: str | None) -> Prompt:
-    known = attribute_text(domain, item["attributes"])
     content = domain.item.format(
         title=item["title"],
-        attributes=f" ({known})" if known else "",
+        attributes=in_brackets(domain, item["attributes"]),
         factors=enumerated(domain.factors),
     )
     return Prompt("item", item["item"], _chat(content, system), [])
@@ -175,19 +177,19 @@ def shorten(prompt: Prompt, keep: int) -> Prompt:
 
 
 def history_entries(
-    domain: Domain, titles: Iterable[str], ratings: Iterable[float], threshold: float
+    domain: Domain, items: Iterable[dict[str, Any]], ratings: Iterable[float], threshold: float
 ) -> list[str]:
-    """One entry an interaction; a rating of NaN is none."""
-    return [
-        domain.unrated.format(title=title)
-        if rating != rating
-        else domain.rated.format(
-            title=title,
-            stars=f"{rating:g}",
-            verdict=LIKED if rating > threshold else DISLIKED,
-        )
-        for title, rating in zip(titles, ratings, strict=True)
-    ]
+    """One entry an interaction with an item, {"title", "attributes"}; a rating of NaN is none."""
+    entries, told = [], "{attributes}" in domain.rated + domain.unrated
+    for item, rating in zip(items, ratings, strict=True):
+        attributes = in_brackets(domain, item["attributes"]) if told else ""
+        known = {"title": item["title"], "attributes": attributes}
+        if rating != rating:
+            entries.append(domain.unrated.format(**known))
+        else:
+            verdict = LIKED if rating > threshold else DISLIKED
+            entries.append(domain.rated.format(**known, stars=f"{rating:g}", verdict=verdict))
+    return entries
 
 
 def profile_text(domain: Domain, attributes: dict[str, str]) -> str:
@@ -208,6 +210,12 @@ def attribute_text(domain: Domain, attributes: dict[str, list[str]]) -> str:
         for name, values in attributes.items()
         if values
     )
+
+
+def in_brackets(domain: Domain, attributes: dict[str, list[str]]) -> str:
+    """` (genre: Drama, Comedy)` behind a title; nothing where nothing is known."""
+    known = attribute_text(domain, attributes)
+    return f" ({known})" if known else ""
 
 
 def item_text(domain: Domain, title: str, attributes: dict[str, list[str]]) -> str:

@@ -130,9 +130,13 @@ def warmup_texts(
     seen = int(window(length, settings.window)[0])
     item_UE, rating_UE = drawn.item_UE[:, :seen], drawn.rating_UE[:, :seen]
     domain = customise(DOMAIN, config.prompts)
-    entries = history_entries(
-        domain, _titles(world)[item_UE].ravel(), rating_UE.ravel(), settings.threshold
-    )
+    words_UEA = _words(world.value_IA[item_UE])
+    values_EA1 = words_UEA.reshape(-1, len(ATTRIBUTES), 1).tolist()
+    items = [
+        {"title": title, "attributes": dict(zip(ATTRIBUTES, values, strict=True))}
+        for title, values in zip(_titles(world)[item_UE].ravel(), values_EA1, strict=True)
+    ]
+    entries = history_entries(domain, items, rating_UE.ravel(), settings.threshold)
     histories = [entries[u * seen : (u + 1) * seen] for u in range(viewers)]
     prompts = [
         user_prompt(domain, "", domain.profile, history, config.prompts.system)
@@ -140,7 +144,7 @@ def warmup_texts(
     ]
     return [
         (prompt.messages, [unaligned_text(words_EA, rng) for _ in range(samples)])
-        for prompt, words_EA in zip(prompts, _words(world.value_IA[item_UE]), strict=True)
+        for prompt, words_EA in zip(prompts, words_UEA, strict=True)
     ]
 
 

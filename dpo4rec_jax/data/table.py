@@ -55,11 +55,26 @@ def read(files: Files, config: DataConfig, select: Select) -> RawData:
             f"{found} ({_headers(tables)}); name the columns in data.columns"
         )
     items, users = (_only(files, holding.get(what, [])) for what in ((False, True), (True, False)))
+    _check_items(items, columns, f"{files.path}: {_headers(tables)}")
     return RawData(
         select(_interactions(interactions[0], columns)),
         _items(items, columns) if items else no_items(),
         _users(users, columns) if users else no_users(),
     )
+
+
+def _check_items(items: Table | None, columns: ColumnsConfig, where: str) -> None:
+    """Raises InputError where the config names columns of a table of items that is not there."""
+    named = {
+        "title": columns.title,
+        "attributes": ", ".join(columns.attributes or ()) or None,
+    }
+    for role, given in named.items():
+        if items is None and given is not None:
+            raise InputError(
+                f"data.columns.{role}: {given} needs a table of items, with a column of item ids "
+                f"and none of user ids; there is none ({where})"
+            )
 
 
 def _headers(tables: list[Table]) -> str:

@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.runtime.processes import this
+from dpo4rec_jax.workspace import write_safetensors
 
 Tree = Any
 Nested = Mapping[str, Any]
@@ -106,13 +107,7 @@ def discard(directory: Path) -> None:
 
 def save_arrays(path: Path, tree: Nested, metadata: Mapping[str, str] | None = None) -> None:
     """Writes nested dicts of arrays as one safetensors file, names joined by "/", atomically."""
-    if not this().main:
-        return
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _flatten(tree)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    safetensors.numpy.save_file(arrays, temporary, metadata=dict(metadata or {}))
-    temporary.replace(path)
+    write_safetensors(path, dict(_flatten(tree)), metadata)
 
 
 def load_arrays(path: Path) -> dict[str, Any]:

@@ -42,14 +42,16 @@ class Task:
             unit,
         )
         self._lockstep = lockstep
-        self._done = 0
-        self._began = self._line_at = time.monotonic()
+        self._done = self._first = 0
+        self._began = self._line_at = self._first_at = time.monotonic()
         self._bar = progress.begin_bar(f"  {description}", total)
 
     def advance(self, n: int = 1, **figures: float) -> None:
         """Counts n more units done; figures are shown beside the count. Raises Stopped."""
-        self._done += n
         now = time.monotonic()
+        if not self._done:  # it took the compilation as well
+            self._first, self._first_at = n, now
+        self._done += n
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         speed = f"{self._done / max(now - self._began, 1e-9):.3g} {self._unit}/s"
         self._progress.move_bar(self._bar, n, f"{speed}  {shown}".rstrip())
@@ -67,7 +69,8 @@ class Task:
 
     def _rate(self, now: float) -> str:
         rate = self._done / max(now - self._began, 1e-9)
-        left = (self._total - self._done) / rate if rate else math.inf
+        later = (self._done - self._first) / max(now - self._first_at, 1e-9)
+        left = (self._total - self._done) / later if later else math.inf
         left_text = f"{left:.0f} s left" if math.isfinite(left) else "time left unknown"
         return f"{self._done}/{self._total} {self._unit} ({rate:.3g}/s, {left_text})"
 

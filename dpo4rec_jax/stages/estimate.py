@@ -90,7 +90,7 @@ def describe(config: Config, workspace: Workspace, steps: Sequence[Step]) -> str
     devices = jax.devices()
     lines += ["", f"memory, before it is split over {len(devices)} x {devices[0].device_kind}"]
     lines += _memory_lines(config, found)
-    return "\n".join([*lines, "", *_sharding_lines(config, workspace)])
+    return "\n".join([*lines, *_sharding_lines(config, workspace)])
 
 
 def estimate(config: Config, workspace: Workspace, prepared: Prepared) -> Estimate:
@@ -248,12 +248,15 @@ def _memory_lines(config: Config, found: Estimate) -> list[str]:
 
 
 def _sharding_lines(config: Config, workspace: Workspace) -> list[str]:
+    """Nothing where a single device holds everything."""
     try:
         mesh = make_mesh(config.runtime.mesh)
     except InputError as error:  # a pod's config looked at from a laptop
-        return [f"sharding: not on the devices here ({error})"]
+        return ["", f"sharding: not on the devices here ({error})"]
+    if mesh.size == 1:
+        return []
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return [f"sharding on {sizes}", *table(_outline(config, workspace)[0], config.align, mesh)]
+    return ["", f"sharding on {sizes}", *table(_outline(config, workspace)[0], config.align, mesh)]
 
 
 def _size(count: int) -> str:

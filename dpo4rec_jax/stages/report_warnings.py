@@ -11,7 +11,7 @@ from dpo4rec_jax.config import Config
 from dpo4rec_jax.stages.report_evidence import Evidence
 
 FEW_SEEDS, FEW_USERS = 5, 100
-LITTLE_NATS, NO_BETTER_THAN_CHANCE = 0.1, 0.5
+LITTLE_NATS, MANY_NATS, NO_BETTER_THAN_CHANCE = 0.1, 5.0, 0.5
 
 
 def warnings_of(document: Mapping[str, Any], evidence: Evidence, config: Config) -> list[str]:
@@ -91,6 +91,13 @@ def _of_the_alignment(document: Mapping[str, Any], config: Config) -> Iterator[s
                 f"Alignment {entry['round']} hardly moved the LLM: chosen gained "
                 f"{margin / config.align.beta:.2g} nats on rejected texts. Raise "
                 "align.learning_rate or align.epochs."
+            )
+        if entry["kl"] is not None and entry["kl"] > MANY_NATS:
+            yield (
+                f"Alignment {entry['round']} took the LLM far from where it began (KL "
+                f"{entry['kl']:.1f} nats a text): what serves the re-ranker need not be true, nor "
+                "read well. Read the texts below before you show them to anyone; raise align.beta "
+                "to stay closer."
             )
         interval = entry.get("reward_ci95")
         if interval is not None and interval[1] < 0:

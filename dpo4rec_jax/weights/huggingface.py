@@ -98,7 +98,7 @@ def find_directory(path: str, weights: bool = True) -> Path:
         patterns = _HUB_FILES + ["*.safetensors"] * weights
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # its own, requests' and httpx's errors alike
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error).strip().partition("\n")[0][:120]
         raise InputError(
             f"{path}: no such directory, and the Hugging Face hub did not give it "
             f"({type(error).__name__}: {reason}); check the name, the network, and HF_TOKEN for a "

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.backbones import BACKBONES
 from dpo4rec_jax.models.reranker import RerankerConfig
-from dpo4rec_jax.runtime.processes import this
+from dpo4rec_jax.workspace import write_safetensors
 
 
 @dataclass(frozen=True)
@@ -48,21 +45,14 @@ class Members:
 
 
 def save_members(path: Path, members: Members) -> None:
-    """Writes the file whole or not at all, in the main process."""
-    if not this().main:
-        return
-    flat = traverse_util.flatten_dict(members.params_R, sep="/")
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+    """Writes the file whole or not at all, in the main process. Its metadata say what it is."""
+    arrays: Any = traverse_util.flatten_dict(members.params_R, sep="/")
     about = {
         "config": dataclasses.asdict(members.config),
         "seeds": members.seeds,
         "folds": members.folds,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # One entry: safetensors writes several in an order of chance, and equal members in other bytes.
-    save_file(arrays, temporary, metadata={"members": json.dumps(about)})
-    temporary.replace(path)
+    write_safetensors(path, arrays, {"members": json.dumps(about)})
 
 
 def load_members(path: Path) -> Members:

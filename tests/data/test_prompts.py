@@ -70,13 +70,23 @@ def test_shortening_survives_a_template_that_starts_with_the_history() -> None:
     assert prompt.messages[-1]["content"] == f"{HISTORY[-1]}: what does a user like?"
 
 
+def titled(*titles: str) -> list[dict[str, Any]]:
+    return [{"title": title, "attributes": {"genre": ["War", "Drama"]}} for title in titles]
+
+
+def test_entries_say_what_the_config_asks_for() -> None:
+    config = PromptsConfig(rated="{verdict} {title}{attributes}", unrated="{title} ?")
+    entries = history_entries(customise(MOVIES, config), titled("A", "B"), [4.0, float("nan")], 3.0)
+    assert entries == ["loved A (genre: War, Drama)", "B ?"]
+
+
 def test_entries_show_stars_only_where_there_are_any() -> None:
-    entries = history_entries(MOVIES, ["A", "B", "C"], [4.0, 3.5, float("nan")], 3.0)
+    entries = history_entries(MOVIES, titled("A", "B", "C"), [4.0, 3.5, float("nan")], 3.0)
     assert entries == ['"A", 4 stars', '"B", 3.5 stars', '"C"']
 
 
 def test_braces_in_titles_are_left_alone() -> None:
-    entries = history_entries(MOVIES, ["{title} {0}"], [4.0], 3.0)
+    entries = history_entries(MOVIES, titled("{title} {0}"), [4.0], 3.0)
     assert entries == ['"{title} {0}", 4 stars']
     assert "{title} {0}" in user_prompt(MOVIES, "7", "a user", entries, None).messages[0]["content"]
 

@@ -354,6 +354,11 @@ TABLES = (
         r"cannot tell which table to take: a\.csv, b\.csv",
     ),
     Malformed(
+        "attributes of no items",
+        data({"l.csv": LOG}, data__columns__attributes="[genre, artist]"),
+        r"data\.columns\.attributes: genre, artist needs a table of items.*l\.csv: user",
+    ),
+    Malformed(
         "parquet: short", data({"log.parquet": b"PAR1"}), r"log\.parquet: not a readable Parq"
     ),
     Malformed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import time
 import types
@@ -27,8 +28,13 @@ def test_lines_tell_count_rate_time_left_and_figures_where_there_is_no_terminal(
     monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_LINES", 0.0)
     progress, written = plain()
     with progress.step("rank (round 0)", 3, 9), progress.track("kar: mir", 10, "epochs") as task:
-        task.advance(5, loss=0.25)
-    (line,) = written.getvalue().splitlines()
+        time.sleep(0.5)  # the first unit, and what it takes once
+        task.advance(1, loss=0.5)
+        time.sleep(0.05)
+        task.advance(4, loss=0.25)
+    first, line = written.getvalue().splitlines()
+    assert first.endswith("time left unknown)  loss 0.5")
+    assert re.search(r", 0 s left\)", line)
     assert line.startswith("  kar: mir: 5/10 epochs (")
     assert "/s, " in line and " s left)" in line and line.endswith("loss 0.25")
     assert "\x1b" not in line and "\r" not in line

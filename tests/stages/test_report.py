@@ -248,10 +248,11 @@ def test_the_page_shows_everything_that_was_promised(page) -> None:
 
 
 def test_the_papers_figures_stand_beside_ours_only_on_its_data(page, tmp_path) -> None:
-    assert "The paper (Sun et al. 2024) reports" in page
+    said = "The paper (Sun et al. 2024) reports"
+    assert said in page
     stage = fixture.make_stage(tmp_path)
     report.run(stage)
-    assert "Sun et al." not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert said not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_makes_a_run_doubtful_is_said_with_its_knob(tmp_path) -> None:

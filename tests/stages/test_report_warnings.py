@@ -12,6 +12,7 @@ from dpo4rec_jax.stages.report_warnings import _of_the_alignment
 SOUND = {
     "round": 1,
     "margin": 0.5,
+    "kl": 1.5,
     "reward_accuracy": 0.7,
     "reward_mean_before": 0.41,
     "reward_mean_after": 0.44,
@@ -25,7 +26,7 @@ def warned(**changes: Any) -> list[str]:
 
 def test_an_alignment_that_did_its_work_is_not_warned_of() -> None:
     assert warned() == []
-    assert warned(reward_ci95=None, reward_accuracy=None, margin=None) == []
+    assert warned(reward_ci95=None, reward_accuracy=None, margin=None, kl=None) == []
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ def test_an_alignment_that_did_its_work_is_not_warned_of() -> None:
             "their mean reward fell from 0.4100 to 0.3300",
             "Lower align.learning_rate",
         ),
+        ({"kl": 8.21}, "far from where it began (KL 8.2 nats a text)", "raise align.beta"),
         ({"reward_accuracy": 0.4}, "orders 40% of held-out pairs", "Lower align.epochs"),
     ],
 )
