@@ -245,6 +245,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=15, metavar="N", help="trials")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is drawn")
     parser.add_argument("--workers", type=int, default=1, metavar="W", help="trials at once")
+    parser.add_argument("--kind", choices=sorted(set(DECK)), help="only trouble of this kind")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="compiled programs to start from")
     options = parser.parse_args()
     began, counts = time.monotonic(), collections.Counter()
@@ -257,6 +258,8 @@ def main() -> int:
     if not can_mount(scratch):
         print("full disk: left out, it takes the right to mount a tmpfs")
         deck.remove("full disk")
+    if options.kind:
+        deck = [options.kind] * deck.count(options.kind)
     kinds = dealt(deck, options.kills, dice)
     places = dealt(list(range(len(reference.steps))), options.kills, dice)
     with ThreadPoolExecutor(options.workers) as pool:
