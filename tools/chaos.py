@@ -259,7 +259,9 @@ def main() -> int:
         print("full disk: left out, it takes the right to mount a tmpfs")
         deck.remove("full disk")
     if options.kind:
-        deck = [options.kind] * deck.count(options.kind)
+        deck = [kind for kind in deck if kind == options.kind]
+        if not deck:
+            parser.error(f"--kind {options.kind}: cannot be had here")
     kinds = dealt(deck, options.kills, dice)
     places = dealt(list(range(len(reference.steps))), options.kills, dice)
     with ThreadPoolExecutor(options.workers) as pool:
