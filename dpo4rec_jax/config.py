@@ -199,6 +199,12 @@ class RankConfig(Section):
     learning_rate: float = field(1e-3, "peak learning rate of Adam", gt=0.0)
     weight_decay: float = field(1e-4, "decoupled weight decay", ge=0.0)
     dropout: float = field(0.1, "dropout rate", ge=0.0, lt=1.0)
+    user_dropout: float = field(
+        0.0,
+        "share of training lists shown without the user's text, lest users are known by it",
+        ge=0.0,
+        lt=1.0,
+    )
     embedding: Positive = field(32, "embedding size of ids and attributes")
 
 

@@ -48,6 +48,7 @@ class RerankerConfig:
     adaptor: str = "hybrid"
     embedding: int = 32
     dropout: float = 0.0
+    user_dropout: float = 0.0
     history: bool = False
 
     @property
@@ -116,6 +117,8 @@ class Reranker(nn.Module):
             )
             parts.append(found_BNW)
         if user_BO is not None:
+            if training and self.config.user_dropout:
+                user_BO = self.without_some(user_BO)
             parts.append(jnp.broadcast_to(user_BO[:, None], (*item_BN.shape, user_BO.shape[-1])))
         if item_BNO is not None:
             parts.append(item_BNO)
@@ -123,6 +126,14 @@ class Reranker(nn.Module):
         if not reads_history(self.config.backbone):
             return self.backbone(x_BND, mask_BN, training)
         return self.backbone(x_BND, mask_BN, training, self.window(history, attributes))
+
+    def without_some(self, user_BO: jax.Array) -> jax.Array:
+        """Zeros for the share `user_dropout` of the users: one has many lists and a vector of his
+        own, by which a re-ranker could learn him by heart. What is left is not scaled, since every
+        user is shown later."""
+        shown = 1.0 - self.config.user_dropout
+        keep_B = jax.random.bernoulli(self.make_rng("dropout"), shown, user_BO.shape[:1])
+        return jnp.where(keep_B[:, None], user_BO, 0.0)
 
     def embedded(self, item_BN: jax.Array, attributes: Attributes) -> list[jax.Array]:
         """The items' id embeddings, and those of their attributes."""

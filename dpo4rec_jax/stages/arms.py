@@ -133,6 +133,7 @@ def reranker_config(rank: RankConfig, prepared: Prepared, lists: Lists) -> Reran
         adaptor=rank.adaptor,
         embedding=rank.embedding,
         dropout=rank.dropout,
+        user_dropout=rank.user_dropout,
         history=rank.history,
     )
 

@@ -120,7 +120,7 @@ def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Proble
             index_B,
             sample_B,
             capacity=capacity or None,
-            key=key if config.dropout else None,
+            key=key if config.dropout or config.user_dropout else None,
             attributes=attributes,
         )
         label_BN, mask_BN = lists.label_LN[index_B], lists.mask_LN[index_B]

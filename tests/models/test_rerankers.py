@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from dpo4rec_jax.models import lists as device_lists
 from dpo4rec_jax.models import reranker
-from dpo4rec_jax.models.adaptor import ADAPTORS
+from dpo4rec_jax.models.adaptor import ADAPTORS, OUT
 from dpo4rec_jax.models.backbones import BACKBONES
 from dpo4rec_jax.models.dlcm import GRU
 from dpo4rec_jax.models.list_attention import HIDDEN_SCORE, LayerNorm, softmax
@@ -273,3 +273,20 @@ def test_dropout_takes_a_key_and_drops_features_of_the_whole_list():
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - second).max() > 1e-3
+
+
+def test_user_dropout_shows_some_lists_without_their_user(monkeypatch):
+    config, params, lists = make("prm", user_dropout=0.5)
+
+    def scores(key=None):
+        return device_lists.score_batch(config, params, lists, jnp.arange(LISTS), key=key)
+
+    with_user = scores()
+    drawn = [scores(jax.random.key(seed)) for seed in range(8)]
+    monkeypatch.setattr(reranker, "adapt_users", lambda *_: jnp.zeros((LISTS, OUT)))
+    without = scores()
+    hidden = [np.isclose(each, without, atol=1e-6).all(-1) for each in drawn]
+    for each, list_hidden in zip(drawn, hidden, strict=True):
+        expected = np.where(list_hidden[:, None], without, with_user)
+        np.testing.assert_allclose(each, expected, atol=1e-6)
+    assert 0.2 < np.mean(hidden) < 0.8
