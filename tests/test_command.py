@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo4rec_jax import __main__ as overview
+
 PROGRAM = """
 import os, sys
 from pathlib import Path
@@ -45,3 +47,17 @@ def test_a_command_starts_anew_under_huge_pages_where_they_must_be_asked_for(
         timeout=60,
     )
     assert (ran.returncode, ran.stdout.splitlines()) == (0, said), ran.stderr
+
+
+def test_every_command_is_named(capsys: pytest.CaptureFixture) -> None:
+    overview.main()
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    package = Path(overview.__file__).parent
+    commands = {
+        path.stem
+        for path in package.glob("[!_]*.py")
+        if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    }
+    described = dict(line.split(maxsplit=1) for line in lines)
+    assert described.keys() == commands
+    assert all(described.values())

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo4rec_jax.data import columns
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FILE = re.compile(r"# file: (\S+)\n")
@@ -93,6 +95,13 @@ def lines(path: str) -> list[dict]:
 def methods(workdir: str) -> list[str]:
     report = json.loads((Path(workdir) / "report.json").read_text(encoding="utf-8"))
     return [row["method"] for row in report["rows"]]
+
+
+def test_the_common_names_of_columns_are_those_that_are_guessed() -> None:
+    text = (DOCS / "data.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\w+) \| (`.*`) \|$", text, flags=re.MULTILINE))
+    for column, names in (columns.NAMES | columns.ATTRIBUTES).items():
+        assert tuple(re.findall(r"`(\w+)`", rows[column])) == names
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from dpo4rec_jax.config import InputError, PromptsConfig
