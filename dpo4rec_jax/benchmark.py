@@ -25,7 +25,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dpo4rec_jax.benchmark",
         description="Measures parts of the loop at a config's sizes and prints the figures beside "
-        "the machine's own peaks.",
+        "the machine's own peaks. --set policy.path=random:meta-llama/Llama-3.1-8B-Instruct draws "
+        "the weights of that architecture instead of loading them.",
     )
     add_config_arguments(parser)
     parser.add_argument(

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 
+import hf_models
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dpo4rec_jax import benchmark
+from dpo4rec_jax.benchmarks.policies import policy_of
+from dpo4rec_jax.config import load_config
+from dpo4rec_jax.weights import outline
+from dpo4rec_jax.weights.policy import shapes
 
 TOY = """
 policy: {path: tiny, tiny_width: 16, tiny_layers: 1, tiny_heads: 2, max_prompt_tokens: 40}
@@ -62,6 +69,17 @@ def test_rank_figures_are_of_one_seed_and_of_all(config_path, tmp_path) -> None:
             figures = rank[f"{knowledge}_knowledge_{seeds}_seeds"]
             lists = seeds * rank["train_lists"]
             assert figures["lists_per_second"] == pytest.approx(lists / figures["epoch_seconds"])
+
+
+def test_random_weights_of_an_architecture(config_path, tmp_path) -> None:
+    directory = hf_models.save_model(hf_models.make_model("llama-3.1"), tmp_path / "policy")
+    config = load_config(config_path, [f"policy.path=random:{directory}"])
+    (directory / "model.safetensors").unlink()  # they are not asked for
+    policy = policy_of(config)
+    assert policy.config == outline(directory)[0]
+    assert jax.tree.map(jnp.shape, policy.params) == jax.tree.map(jnp.shape, shapes(policy.config))
+    text = policy.tokenizer.decode(range(10, policy.config.vocab_size))
+    assert len(text.split()) > 30
 
 
 def test_an_unknown_part_is_one_line_and_status_2(config_path, capsys) -> None:

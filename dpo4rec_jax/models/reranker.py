@@ -212,7 +212,9 @@ def _apply(
     config: RerankerConfig, params: Params, key: jax.Array | None, method: str, *args
 ) -> Any:
     rngs = None if key is None else {"dropout": key}
-    return Reranker(config).apply({"params": params}, *args, method=method, rngs=rngs)
+    # float32 means float32: in TF32 a list's scores would depend on the batch that it is in.
+    with jax.default_matmul_precision("highest"):
+        return Reranker(config).apply({"params": params}, *args, method=method, rngs=rngs)
 
 
 def _mean_embedding(embed: nn.Embed, value_BNx: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """Architectures of policies, without their weights.
 
 The config.json of checkpoints that the hub gives only to who has accepted a licence stands here, so
-that a run on them can be rehearsed before that.
+that a run on them can be rehearsed before that; and that of a small one, to benchmark without the
+hub.
 """
 
 from __future__ import annotations
@@ -48,7 +49,22 @@ _LLAMA_3_70B = {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
+_SMOLLM2_135M: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
 PUBLISHED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
     "meta-llama/Llama-3.1-8B": _LLAMA_3_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_3_8B,
     "meta-llama/Llama-3.1-70B": _LLAMA_3_70B,

@@ -101,15 +101,18 @@ class Prefill:
 
     @staticmethod
     def _write_keys(cache_GKdS, new_JKdT, slot_J, offset_J, valid_J):
-        for new_KdT, slot, offset, valid in zip(new_JKdT, slot_J, offset_J, valid_J, strict=True):
-            cache_GKdS = _write(cache_GKdS, new_KdT[None], (slot, 0, 0, offset), valid)
-        return cache_GKdS
+        if len(slot_J) == 1:
+            return _write(cache_GKdS, new_JKdT, (slot_J[0], 0, 0, offset_J[0]), valid_J[0])
+        slot_J1, index_JT = _scattered(cache_GKdS, new_JKdT.shape[-1], slot_J, offset_J, valid_J)
+        new_JTKd = new_JKdT.transpose(0, 3, 1, 2)
+        return cache_GKdS.at[slot_J1, :, :, index_JT].set(new_JTKd, mode="drop")
 
     @staticmethod
     def _write_values(cache_GKSd, new_JKTd, slot_J, offset_J, valid_J):
-        for new_KTd, slot, offset, valid in zip(new_JKTd, slot_J, offset_J, valid_J, strict=True):
-            cache_GKSd = _write(cache_GKSd, new_KTd[None], (slot, 0, offset, 0), valid)
-        return cache_GKSd
+        if len(slot_J) == 1:
+            return _write(cache_GKSd, new_JKTd, (slot_J[0], 0, offset_J[0], 0), valid_J[0])
+        slot_J1, index_JT = _scattered(cache_GKSd, new_JKTd.shape[-2], slot_J, offset_J, valid_J)
+        return cache_GKSd.at[slot_J1, :, index_JT].set(new_JKTd.transpose(0, 2, 1, 3), mode="drop")
 
 
 @flax.struct.dataclass
@@ -218,6 +221,15 @@ def _softmax_block(
 def _write(cache: Array, new: Array, start: tuple, valid: Array) -> Array:
     held = jax.lax.dynamic_slice(cache, start, new.shape)
     return jax.lax.dynamic_update_slice(cache, jnp.where(valid, new, held), start)
+
+
+def _scattered(
+    cache_G: Array, num_tokens: int, slot_J: Array, offset_J: Array, valid_J: Array
+) -> tuple[Array, Array]:
+    """Where the chunks of several jobs go, by slot and token; a slice for each would take a GPU's
+    compiler a minute."""
+    slot_J = jnp.where(valid_J, slot_J, len(cache_G))  # beyond: dropped
+    return slot_J[:, None], offset_J[:, None] + jnp.arange(num_tokens)[None]
 
 
 def _append_key(cache_BKdT: Array, new_BKd: Array, length_B: Array) -> Array:

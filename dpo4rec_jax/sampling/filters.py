@@ -43,7 +43,8 @@ class Settings:
 def draw(
     logits_BV: Float[Array, "B V"], key_B: Key[Array, " B"], settings: Settings
 ) -> Int[Array, " B"]:
-    """One token a row. What a row draws depends on its own logits and key only."""
+    """One token a row, 0 where its logits are no numbers. What a row draws depends on its own
+    logits and key only."""
     return jax.lax.cond(
         settings.temperature > 0,
         lambda: _sample(logits_BV, key_B, settings),
@@ -88,7 +89,8 @@ def _sample(logits_BV: Array, key_B: Array, settings: Settings) -> Array:
             done_B | accepted_B,
         )
 
-    start = (jnp.int32(0), floor_B, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
+    # A row without numbers draws nothing, or it would be drawn again for ever.
+    start = (jnp.int32(0), floor_B, jnp.zeros(B, jnp.int32), ~(total_B > 0))
     return jax.lax.while_loop(unfinished, attempt, start)[2]
 
 

@@ -91,7 +91,8 @@ def sample(
     A prompt is token ids, a string (tokenized as it is) or chat messages (by the chat template).
     Temperature 0 takes the likeliest token; filters apply in the order temperature, `top_k`,
     `top_p`. `slots` rows are decoded at once, by default as many as `memory_gib` of keys and values
-    hold. Raises InputError for an empty prompt and for a budget that holds none.
+    hold. Raises InputError for an empty prompt, ids outside of the vocabulary, a budget that holds
+    no prompt, and a policy whose logits are not finite.
     """
     ids = [encode(policy, prompt) for prompt in prompts]
     if not ids:
@@ -145,7 +146,7 @@ def stream(
     limit_PN = np.broadcast_to(
         layout.new_tokens if limit_PN is None else limit_PN, (len(prompts), layout.samples)
     )
-    _check(prompts, layout, limit_PN)
+    _check(prompts, layout, limit_PN, policy.config.vocab_size)
     ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     figures = Figures() if figures is None else figures
     settings = Settings.of(temperature, top_p, top_k)
@@ -171,6 +172,11 @@ def stream(
         figures.decode_steps += taken
         for (shard, row), tokens, token_logps in finished:
             prompt, index, last = schedule.finish(shard, row)
+            if not np.isfinite(token_logps).all():
+                raise InputError(
+                    f"policy: its logits for prompt {ids[prompt]} are not finite; check the "
+                    "weights, or align with a smaller learning rate"
+                )
             figures.tokens += len(tokens)
             figures.rows += 1
             found.setdefault(prompt, {})[index] = Completion(
@@ -262,7 +268,9 @@ def _begin(
     turn.sample_XB[at] = start.sample
 
 
-def _check(prompts: Sequence[Sequence[int]], layout: Layout, limit_PN: np.ndarray) -> None:
+def _check(
+    prompts: Sequence[Sequence[int]], layout: Layout, limit_PN: np.ndarray, vocabulary: int
+) -> None:
     if limit_PN.size and not 1 <= limit_PN.min() <= limit_PN.max() <= layout.new_tokens:
         raise InputError(
             f"max_new_tokens: expected 1 to {layout.new_tokens}, got {limit_PN.min()} to "
@@ -273,4 +281,9 @@ def _check(prompts: Sequence[Sequence[int]], layout: Layout, limit_PN: np.ndarra
             raise InputError(
                 f"prompt {index}: expected 1 to {layout.prompt_tokens + 1} tokens, got "
                 f"{len(prompt)}; shorten it"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise InputError(
+                f"prompt {index}: expected ids from 0 to {vocabulary - 1}, got {min(prompt)} to "
+                f"{max(prompt)}"
             )

@@ -205,7 +205,8 @@ def cudnn_by_xla(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def reference(*args: Any, implementation: str, **kwargs: Any) -> jax.Array:
         assert implementation == "cudnn"
-        return original(*args, **kwargs, implementation="xla")
+        with jax.default_matmul_precision("highest"):
+            return original(*args, **kwargs, implementation="xla")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", reference)
 

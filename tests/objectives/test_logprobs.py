@@ -18,7 +18,8 @@ def inputs(rows=3, tokens=13, width=8, vocabulary=37, seed=0):
 
 
 def plain(hidden, unembedding, target):
-    logp = jax.nn.log_softmax(jnp.einsum("btd,dv->btv", hidden, unembedding), axis=-1)
+    logits = jnp.einsum("btd,dv->btv", hidden, unembedding, precision="highest")
+    logp = jax.nn.log_softmax(logits, axis=-1)
     return jnp.take_along_axis(logp, target[..., None], axis=-1)[..., 0]
 
 

@@ -217,8 +217,19 @@ def test_a_finished_rows_slot_is_used_at_once(policy) -> None:
     least = limit_PN.sum() / 8
     assert figures.decode_steps < 1.15 * least + 16  # the last rows run alone
     assert figures.decode_steps < 0.75 * 16 * (16 * 4 / 8)
-    assert figures.prefill_tokens == 16 * 32  # every prompt once, though it has four texts
+    chunk = layout.chunks[-1][0]
+    assert figures.prefill_tokens == 16 * chunk  # every prompt once, though it has four texts
     assert (figures.rows, figures.tokens) == (64, limit_PN.sum())
+
+
+def test_prompts_prefilled_several_at_a_time_get_the_same_texts(policy, sampled) -> None:
+    layout = plan_layout(CONFIG, [len(prompt) for prompt in PROMPTS], 4, 12, slots=6)
+    layout = dataclasses.replace(layout, chunks=(*layout.chunks[:-1], (layout.chunks[-1][0], 3)))
+    found = dict(stream(policy, PROMPTS, layout, seed=3, logps=True))
+    for index, expected in enumerate(sampled):
+        for one, other in zip(found[index], expected, strict=True):
+            assert one.tokens == other.tokens
+            np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
 
 
 def compiled_decode(layout: Layout, policy: TinyPolicy) -> str:
@@ -272,10 +283,20 @@ def test_prompts_and_limits_that_do_not_fit_are_refused(policy) -> None:
     with pytest.raises(InputError, match="prompt 1: expected 1 to"):
         sample(policy, [[5], []], 1, 4)
     layout = plan_layout(CONFIG, [20], 1, 4)
-    with pytest.raises(InputError, match="prompt 0: expected 1 to 33 tokens, got 34"):
-        list(stream(policy, random_prompts(34), layout))
+    most = layout.prompt_tokens + 1
+    with pytest.raises(InputError, match=f"prompt 0: expected 1 to {most} tokens, got {most + 1}"):
+        list(stream(policy, random_prompts(most + 1), layout))
+    with pytest.raises(InputError, match=r"prompt 0: expected ids from 0 to \d+, got 5 to 1000000"):
+        sample(policy, [[5, 1_000_000]], 1, 4)
     with pytest.raises(InputError, match="max_new_tokens: expected 1 to 4, got 5 to 5"):
         list(stream(policy, [[5]], layout, limit_PN=np.array([[5]])))
+
+
+def test_a_policy_without_numbers_is_refused_and_does_not_hang(policy) -> None:
+    norm_D = policy.params["final_norm"].at[0].set(np.nan)
+    broken = dataclasses.replace(policy, params={**policy.params, "final_norm": norm_D})
+    with pytest.raises(InputError, match="policy: its logits for prompt 0 are not finite"):
+        sample(broken, [[1, 50, 60, 2]], 2, 8, top_p=0.9)
 
 
 EIGHT_DEVICES = """
@@ -301,9 +322,11 @@ print(json.dumps(found))
 
 
 def test_eight_devices_write_the_texts_of_one(sampled) -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    root = Path(__file__).parents[2]
-    environment["PYTHONPATH"] = str(root)
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
+    }
     done = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES, str(Path(__file__).parent)],
         env=environment, capture_output=True, text=True, check=False,
