@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ from dpo4rec_jax.workspace import write_safetensors
 
 Tree = Any
 Nested = Mapping[str, Any]
+
+# Orbax raises what goes wrong in its threads, and logs its traceback as well: once is enough.
+logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 class Checkpoints:

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from dpo4rec_jax.runtime.processes import Stopped, this
+from dpo4rec_jax.runtime.tensorboard import EventFile
 from dpo4rec_jax.runtime.tracking import Tracker
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -193,12 +194,9 @@ class MetricsLog:
 
     def _add_to_tensorboard(self, step: int, values: Mapping[str, float | None]) -> None:
         if self._tensorboard is None:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self._directory / "tb"))
-        for name, value in values.items():
-            if value is not None:
-                self._tensorboard.add_scalar(f"{self._prefix}/{name}", value, step)
+            self._tensorboard = EventFile(self._directory / "tb")
+        shown = {f"{self._prefix}/{name}": v for name, v in values.items() if v is not None}
+        self._tensorboard.add(step, shown)
 
     def rewind(self, step: int) -> None:
         """Drops this stage's lines from `step` on, which a continued run writes again."""
