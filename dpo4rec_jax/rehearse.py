@@ -1,5 +1,5 @@
 """Compiles the loop for a machine that is not there: python -m dpo4rec_jax.rehearse
---config configs/llama31-8b.yaml --topology v5e:4x4
+--config configs/llama31-8b.yaml --topology v5e:4x4  (or h100:8)
 
 Says of sampling, alignment and re-ranking what a chip's memory must hold, what it computes and
 moves, how long that takes at the least, and the largest batch that fits.
@@ -21,14 +21,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dpo4rec_jax.rehearse",
         description="Compiles a config's sampling, DPO and re-ranker programs ahead of time for a "
-        "TPU topology (needs jax[tpu], no TPU) or for simulated devices, and prints memory, work, "
-        "collectives, the least time and the largest batch.",
+        "TPU topology (needs jax[tpu], no TPU), for Hopper GPUs (jax[cuda12] or jax[cuda13], no "
+        "GPU) or for simulated devices, and prints memory, work, collectives, the least time and "
+        "the largest batch.",
         epilog="Exit status: 0 all of it fits, 2 it does not (one line says what is largest) or a "
         "mistake in what was given, 1 a fault of the program.",
     )
     add_config_arguments(parser)
     parser.add_argument(
-        "--topology", required=True, metavar="T", help="v5e:16x16, v5p:4x4x4, v6e:4x4, ... or cpu:8"
+        "--topology",
+        required=True,
+        metavar="T",
+        help="v5e:16x16, v5p:4x4x4, v6e:4x4, ..., h100:8, h200:4x8 (hosts x GPUs), ... or cpu:8",
     )
     parser.add_argument("--what", metavar="a,b", help="only these: sampling, dpo, rank (all)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -46,7 +47,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("topology", ["v9:4x4", "v5e", "cpu:0x1", "cpu:"])
+@pytest.mark.parametrize("topology", ["v9:4x4", "v5e", "cpu:0x1", "cpu:", "h900:8", "h100"])
 def test_an_unknown_topology_is_one_line_and_status_2(topology, config_path, capsys) -> None:
     assert rehearse.main(["--config", config_path, "--topology", topology]) == 2
     error = capsys.readouterr().err
@@ -227,15 +228,43 @@ print("same")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu]")
-def test_a_tpu_that_is_not_there_compiles_with_its_own_attention(tmp_path) -> None:
-    script = MOVES.replace('"cpu:8"', '"v5e:2x4"').replace("320, 4, 8, 4, 16", "320, 4, 8, 4, 128")
-    kernels = "\n".join(script.splitlines()[:7]) + (
-        "\nconfig = Config.model_validate({'runtime': {'mesh': {'fsdp': 4, 'tensor': 2}}, 'align':"
-        "{'batch_pairs': 8}, 'policy': {'max_prompt_tokens': 128}})\n"
-        "program = programs.PARTS['dpo'](config, MODEL, machine).programs[0]\n"
-        "print(costs.costs_of(hlo.parse(program.lower().compile().as_text())).kernels)\n"
-    )
-    done = run("-c", kernels)
+KERNELS = MOVES.partition("def moved")[0] + (
+    "config = Config.model_validate({'runtime': {'mesh': {'fsdp': 4, 'tensor': 2}}, 'align':"
+    "{'batch_pairs': 8}, 'policy': {'max_prompt_tokens': 128}})\n"
+    "program = programs.PARTS['dpo'](config, MODEL, machine).programs[0]\n"
+    "print(costs.costs_of(hlo.parse(program.lower().compile().as_text())).kernels)\n"
+)
+PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+
+
+def kernels_on(topology: str, sizes: str) -> str:
+    """Kernels of a DPO step compiled for what is not there."""
+    script = KERNELS.replace('"cpu:8"', f'"{topology}"').replace("320, 4, 8, 4, 16", sizes)
+    done = run("-c", script)
     assert done.returncode == 0, done.stderr
-    assert "'tpu_custom_call'" in done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu]")
+def test_a_tpu_that_is_not_there_compiles_with_its_own_attention() -> None:
+    assert "'tpu_custom_call'" in kernels_on("v5e:2x4", "320, 4, 8, 4, 128")
+
+
+def plugin() -> bool:
+    with contextlib.suppress(ModuleNotFoundError):
+        return any(importlib.util.find_spec(name) for name in PLUGINS)
+    return False
+
+
+@pytest.mark.skipif(not plugin(), reason="needs jax[cuda13]")
+def test_gpus_that_are_not_there_compile_with_their_own_attention() -> None:
+    kernels = kernels_on("h100:8", "320, 4, 8, 4, 128, dtype='bfloat16'")
+    assert "'__cudnn$fmhaSoftmaxBackward'" in kernels
+
+
+def test_gpus_without_their_compiler_are_one_line(config_path) -> None:
+    if plugin():
+        pytest.skip("jax[cuda13] is installed")
+    done = run("-m", "dpo4rec_jax.rehearse", "--config", config_path, "--topology", "h100:8")
+    assert done.returncode == 2
+    assert "--topology h100:8: " in done.stderr and "install jax[cuda12]" in done.stderr

@@ -25,7 +25,8 @@ MOST_COMPILATIONS = 6  # of a search for the largest batch, the first one includ
 _TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory|exceeds the limit")
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _ALLOCATION = re.compile(r"Size: ([\d.]+[KMG])\s.*?Shape: (\S+)", re.DOTALL)
-KERNEL = "tpu_custom_call"  # a Pallas kernel, whose work HLO does not show
+# Kernels whose work HLO does not show: Pallas's on TPU, cuDNN's attention on GPU.
+KERNELS = ("tpu_custom_call", "__cudnn$fmha")
 _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -150,7 +151,7 @@ def read(
     found = costs.costs_of(module)
     moved = _collectives(found, program, machine)
     flops = found.flops
-    if KERNEL in found.kernels:
+    if any(name.startswith(KERNELS) for name in found.kernels):
         flops += program.kernel_flops / program.mesh.size
     figures = Figures(
         name=program.name,

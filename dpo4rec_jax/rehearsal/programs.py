@@ -128,7 +128,7 @@ def alignment(
     batch = _batch_of_pairs(config, mesh, size)
     needed = theory.flops_of_pairs(architecture, _longest(config), size, full=lora_config is None)
     attention = size * theory.flops_of_attention_kernels(
-        architecture, _longest(config), remat=settings.remat != "none"
+        architecture, _longest(config), tuning.implementation, remat=settings.remat != "none"
     )
     functions = Programs(align.preference_loss(tuning, settings), optimizer, schedule).functions(
         accumulating=microbatches > 1

@@ -39,10 +39,17 @@ def _seen(shape: Shape) -> float:
     return prompt * (prompt + 1) / 2 + 2 * (own + prompt * completion)
 
 
-def flops_of_attention_kernels(architecture: LlamaConfig, shape: Shape, *, remat: bool) -> float:
-    """Of one row, done by a kernel: forward, again where the layer is recomputed, and backward,
-    which recomputes the scores in each of its two kernels (seven products against two)."""
-    return (1 + remat + 3.5) * flops_of_attention(architecture, _seen(shape))
+# Products of attention's backward pass, which recomputes the scores, over the forward pass's two:
+# splash does so in each of two kernels.
+BACKWARD = {"splash": 7 / 2, "cudnn": 5 / 2, "xla": 5 / 2}
+
+
+def flops_of_attention_kernels(
+    architecture: LlamaConfig, shape: Shape, implementation: str, *, remat: bool
+) -> float:
+    """Of one row, done by a kernel: forward, again where the layer is recomputed, and backward."""
+    passes = 1 + remat + BACKWARD[implementation]
+    return passes * flops_of_attention(architecture, _seen(shape))
 
 
 def flops_of_prefill(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpo4rec_jax.rehearsal import figures
-from dpo4rec_jax.rehearsal.chips import CHIPS, Machine
+from dpo4rec_jax.rehearsal.chips import CHIPS, GPUS, Machine
 from dpo4rec_jax.rehearsal.figures import Figures, Memory
 from dpo4rec_jax.rehearsal.programs import Part, Program
 from dpo4rec_jax.runtime.mesh import AXES
@@ -80,6 +80,14 @@ def test_v5p_closes_its_dimensions_at_four() -> None:
     link = CHIPS["v5p"].link_bandwidth
     assert link is not None
     assert cube.axis_bandwidth(cube.devices) == 6 * link
+
+
+def test_gpus_have_nvlink_within_a_host_and_the_network_between_hosts() -> None:
+    chip = GPUS["h100"]
+    devices: list[Any] = [SimpleNamespace(process_index=index // 8) for index in range(16)]
+    machine = Machine("h100:2x8", chip, devices, devices[:8])
+    assert machine.axis_bandwidth(devices[:8]) == chip.link_bandwidth == 450e9
+    assert machine.axis_bandwidth(devices[::8]) == chip.network_bandwidth == 50e9
 
 
 def test_memory_is_the_sum_of_its_parts() -> None:
