@@ -144,7 +144,7 @@ def logits_of(model: Any, tokens_BT: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens_BT).cuda()).logits.float().cpu().numpy()
 
 
-def test_logits_of_real_weights(checkpoint: str, theirs: Any) -> None:
+def test_logits_equal_torchs(checkpoint: str, theirs: Any) -> None:
     policy = load_policy(checkpoint)
     tokens_BT = np.random.default_rng(0).integers(0, policy.config.vocab_size, (2, 200))
     exact = logits_of(theirs("float32"), tokens_BT)

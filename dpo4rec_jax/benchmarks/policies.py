@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from dpo4rec_jax.config import Config, PolicyConfig
+from dpo4rec_jax.config import Config
 from dpo4rec_jax.models import llama
 from dpo4rec_jax.rehearsal.architectures import architecture_of
 from dpo4rec_jax.weights import Policy, load_policy, tiny
@@ -33,7 +33,7 @@ def policy_of(config: Config) -> Policy:
 
 def _random(config: Config) -> Policy:
     path = config.policy.path.removeprefix(RANDOM)
-    policy: PolicyConfig = config.policy.model_copy(update={"path": path})
+    policy = config.policy.model_copy(update={"path": path})
     architecture = architecture_of(
         config.model_copy(update={"policy": policy}), jax.default_backend()
     )
