@@ -6,8 +6,8 @@ Re-rankers are trained with every user's own text: members on all training users
 that never saw the fold's users. Then each user's lists are judged with the own text and with
 --others texts of other users of the same split:
 
-- held-out (validation and test) users, by the members: reward of the own text against the mean of the others', paired by
-  user (10,000 sign flips);
+- held-out (validation and test) users, by the members: reward of the own text against the mean of
+  the others', paired by user (10,000 sign flips);
 - training users, by the members (in sample) and by their fold's judge (cross-fitted): how often
   another text comes out best, and how often that is the own one.
 
