@@ -178,6 +178,10 @@ class RankConfig(Section):
     history: bool = field(
         False, "candidates attend to the items of the user's window and their ratings"
     )
+    negatives: Literal["redrawn", "prepared"] = field(
+        "redrawn",
+        "sampled candidates of training lists: drawn anew each epoch, or as prepare drew them",
+    )
     epochs: Positive = field(10, "passes over the training lists at the most")
     patience: Positive = field(3, "epochs without a better validation ndcg@5 before the stop")
     batch_lists: Positive = field(256, "lists a step")

@@ -37,6 +37,7 @@ class Problem:
 
     `loss(params, data, drawn, index_B, key, capacity) -> loss_B` of the examples at `index_B`.
     `validate(params, data) -> scalar`, larger is better.
+    `refresh(data, epoch) -> data`, once an epoch for all members: examples drawn anew.
     `draw(data, key) -> drawn`, once an epoch: what its random choices need.
     `demand(data, index_B) -> integer` is the static size that a batch needs (distinct items, say);
     the largest of an epoch, rounded up, is the `capacity` that `loss` is compiled for.
@@ -44,6 +45,7 @@ class Problem:
 
     loss: Callable[..., jax.Array]
     validate: Callable[..., jax.Array]
+    refresh: Callable[[Tree, np.int32], Tree] = lambda data, epoch: data
     draw: Callable[[Tree, jax.Array], Tree] = lambda data, key: ()
     demand: Callable[..., jax.Array] | None = None
 
@@ -157,6 +159,7 @@ def fit(
 
     for epoch in range(schedule.epochs):
         number = np.int32(epoch)
+        data = problem.refresh(data, number)
         order_RSB = _shuffled(pool_RT, state.key, number, steps, mesh)
         if problem.demand is not None:
             need = int(on_host(_largest_demand(problem.demand, data, order_RSB, mesh)).max())

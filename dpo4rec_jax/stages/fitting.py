@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from dpo4rec_jax.config import InputError, RankConfig
 from dpo4rec_jax.data.prepared import TRAIN, VALIDATION, Prepared
 from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.lists import Lists, count_distinct, map_lists, score_batch
+from dpo4rec_jax.models.negatives import Unmet, redrawn, unmet_of
 from dpo4rec_jax.models.reranker import RerankerConfig, attribute_tables
 from dpo4rec_jax.objectives import listwise_loss, ndcg
 from dpo4rec_jax.runtime.fit import Fitted, Problem, Schedule, fit
@@ -32,6 +34,8 @@ class FitData:
 
     lists: Lists
     validation_V: jax.Array  # indices of the lists to select on
+    unmet: Unmet | None = None  # what negatives are drawn from anew, None: they stay
+    seed: jax.Array | None = None
 
 
 def fit_arm(
@@ -62,6 +66,10 @@ def fit_arm(
     key = jax.random.key(seed)
     params_R = first_params(config, seed, rank.seeds + folds)
     data = FitData(lists, jnp.asarray(lists_in(prepared, VALIDATION)))
+    if rank.negatives == "redrawn":
+        user_E = np.repeat(np.arange(len(prepared.user_id)), np.diff(prepared.offset_U1))
+        choice = unmet_of(user_E, prepared.item_E, len(prepared.item_id), lists, train_L)
+        data = replace(data, unmet=choice, seed=jnp.uint32(seed))
     fitted = fit(
         problem_of(config, rank.loss, rank.user_text),
         params_R,
@@ -103,6 +111,12 @@ def schedule_of(rank: RankConfig) -> Schedule:
 def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Problem:
     """The loss of a batch of lists and the validation ndcg@5, as functions of one member."""
 
+    def refresh(data: FitData, epoch: np.int32) -> FitData:
+        if data.unmet is None:
+            return data
+        lists = redrawn(data.lists, data.unmet, config.num_items, data.seed, epoch)
+        return replace(data, lists=lists)
+
     def draw(data: FitData, key: jax.Array):
         """The text by which each user is shown in this epoch, and the items' attributes."""
         attributes = attribute_tables(config, data.lists.attribute_IAM)
@@ -135,7 +149,7 @@ def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Proble
     def demand(data: FitData, index_B):
         return count_distinct(data.lists, index_B)
 
-    return Problem(loss, validate, draw, demand if config.item_features else None)
+    return Problem(loss, validate, refresh, draw, demand if config.item_features else None)
 
 
 def drawn_texts(count_U: jax.Array, key: jax.Array) -> jax.Array:
