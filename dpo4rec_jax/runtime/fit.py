@@ -37,7 +37,7 @@ class Problem:
 
     `loss(params, data, drawn, index_B, key, capacity) -> loss_B` of the examples at `index_B`.
     `validate(params, data) -> scalar`, larger is better.
-    `refresh(data, epoch) -> data`, once an epoch for all members: examples drawn anew.
+    `refresh(data, epoch) -> data`, once an epoch for all members: `fit`'s data, drawn anew.
     `draw(data, key) -> drawn`, once an epoch: what its random choices need.
     `demand(data, index_B) -> integer` is the static size that a batch needs (distinct items, say);
     the largest of an epoch, rounded up, is the `capacity` that `loss` is compiled for.
@@ -159,13 +159,13 @@ def fit(
 
     for epoch in range(schedule.epochs):
         number = np.int32(epoch)
-        data = problem.refresh(data, number)
+        fresh = problem.refresh(data, number)
         order_RSB = _shuffled(pool_RT, state.key, number, steps, mesh)
         if problem.demand is not None:
-            need = int(on_host(_largest_demand(problem.demand, data, order_RSB, mesh)).max())
+            need = int(on_host(_largest_demand(problem.demand, fresh, order_RSB, mesh)).max())
             capacity = max(capacity, -(-need // CAPACITY_STEP) * CAPACITY_STEP)
         state, loss_R, skipped_RS, validation_R = run_epoch(
-            problem, schedule, steps, capacity, state, data, order_RSB, number, mesh=mesh
+            problem, schedule, steps, capacity, state, fresh, order_RSB, number, mesh=mesh
         )
         losses.append(of_members(loss_R))
         validations.append(of_members(validation_R))

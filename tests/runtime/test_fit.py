@@ -67,15 +67,25 @@ def test_a_member_never_learns_from_examples_it_may_not_draw():
     assert (one.loss_ER[:, 0] != other.loss_ER[:, 0]).all()
 
 
+SEEN = Problem(
+    loss=lambda params, data, drawn, index_B, key, capacity: data["y"][index_B] * params["w"],
+    validate=lambda params, data: jnp.zeros(()),
+)
+
+
 def test_every_example_is_seen_once_an_epoch():
-    seen = Problem(
-        loss=lambda params, data, drawn, index_B, key, capacity: data["y"][index_B] * params["w"],
-        validate=lambda params, data: jnp.zeros(()),
-    )
     data = {"y": jnp.ones(EXAMPLES)}
     schedule = replace(SCHEDULE, epochs=1, batch=EXAMPLES, learning_rate=1e-9)
-    fitted = run(np.ones((2, EXAMPLES), bool), seen, data, schedule, {"w": jnp.ones(2)})
+    fitted = run(np.ones((2, EXAMPLES), bool), SEEN, data, schedule, {"w": jnp.ones(2)})
     np.testing.assert_allclose(fitted.loss_ER, 1.0)
+
+
+def test_every_epoch_refreshes_the_data_that_it_was_given():
+    refreshed = replace(SEEN, refresh=lambda data, epoch: {"y": data["y"] * (2 + epoch)})
+    data = {"y": jnp.ones(EXAMPLES)}
+    schedule = replace(SCHEDULE, epochs=3, batch=EXAMPLES, learning_rate=1e-9)
+    fitted = run(np.ones((1, EXAMPLES), bool), refreshed, data, schedule, {"w": jnp.ones(1)})
+    np.testing.assert_allclose(fitted.loss_ER[:, 0], [2.0, 3.0, 4.0], rtol=1e-6)
 
 
 def test_the_loss_is_a_mean_over_real_examples_whatever_the_padding():
