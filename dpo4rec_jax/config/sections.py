@@ -142,8 +142,10 @@ class ReasonConfig(Section):
     top_k: int = field(0, "keep the k likeliest tokens; 0: all", ge=0)
     slots: Positive | None = field(None, "rows decoded at once; null: from memory_gib")
     memory_gib: float = field(4.0, "budget of the key/value cache, GiB", gt=0.0)
-    user_texts: Literal["policy", "history"] = field(
-        "policy", "reasoning about users: by the policy, or none beside their history (rounds: 0)"
+    user_texts: Literal["policy", "history", "likes"] = field(
+        "policy",
+        "reasoning about users: by the policy, or (rounds: 0) none beside the history, or the "
+        "metadata of what they liked in it",
     )
     item_texts: Literal["policy", "metadata"] = field(
         "policy", "fact texts of items: written by the policy, or their metadata as it is"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from jaxtyping import Int, Int8, Int32
+from jaxtyping import Bool, Int, Int8, Int32
 
 from dpo4rec_jax.config import DataConfig, InputError
 from dpo4rec_jax.data.lists import Lists, build_lists, split_users
@@ -65,6 +65,7 @@ def assemble(
     items = item_rows(raw.items, indexed.item_id, names, domain)
     attribute_IAM, attribute_sizes = attribute_ids(items, names)
     entries = window_entries(indexed, window_U, items, domain, settings.threshold)
+    likes = window_likes(indexed, window_U, settings.threshold)
     profiles = profile_rows(raw.users, indexed.user_id)
     return Prepared(
         user_id=indexed.user_id,
@@ -85,9 +86,10 @@ def assemble(
                 "split": SPLITS[split],
                 "attributes": profile,
                 "history": domain.sentence.format(history="; ".join(listed)),
+                "likes": liked,
             }
-            for user, split, profile, listed in zip(
-                indexed.user_id, split_U, profiles, entries, strict=True
+            for user, split, profile, listed, liked in zip(
+                indexed.user_id, split_U, profiles, entries, likes, strict=True
             )
         ],
         user_prompts=[
@@ -108,13 +110,27 @@ def window_entries(
     threshold: float,
 ) -> list[list[str]]:
     """Each user's history as prompts list it: the knowledge window, oldest first."""
-    length_U = indexed.length_U
-    place_E = np.arange(len(indexed.user_E)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
-    seen_E = place_E < np.repeat(window_U, length_U)
+    seen_E = in_window(indexed, window_U)
     seen = (items[i] for i in indexed.item_E[seen_E].tolist())
     entries = history_entries(domain, seen, indexed.rating_E[seen_E].tolist(), threshold)
     ends = np.cumsum(window_U).tolist()
     return [entries[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def window_likes(
+    indexed: Indexed, window_U: Int[np.ndarray, " U"], threshold: float
+) -> list[list[str]]:
+    """Raw ids of the items in each user's window that make a positive label, oldest first."""
+    liked_E = in_window(indexed, window_U) & ~(indexed.rating_E <= threshold)
+    ids = [indexed.item_id[item] for item in indexed.item_E[liked_E].tolist()]
+    ends = np.cumsum(np.bincount(indexed.user_E[liked_E], minlength=len(window_U))).tolist()
+    return [ids[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def in_window(indexed: Indexed, window_U: Int[np.ndarray, " U"]) -> Bool[np.ndarray, " E"]:
+    length_U = indexed.length_U
+    place_E = np.arange(len(indexed.user_E)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
+    return place_E < np.repeat(window_U, length_U)
 
 
 def item_rows(

@@ -55,9 +55,13 @@ def flops_of_attention_kernels(
 def flops_of_prefill(
     architecture: LlamaConfig, prompt_tokens: int, chunk: int, chunks: int
 ) -> float:
-    """Of chunks that stand in the middle of their prompts."""
-    dense = 2.0 * projection_parameters(architecture) * chunk
-    return chunks * (dense + flops_of_attention(architecture, chunk * prompt_tokens / 2))
+    """Of chunks that stand in the middle of their prompts. The last layer only fills its cache."""
+    sizes = lora.projection_shapes(architecture)
+    cached = sum(fan_in * fan_out for fan_in, fan_out in (sizes["k"], sizes["v"]))
+    layers = 1 - 1 / architecture.layers
+    dense = 2.0 * (layers * projection_parameters(architecture) + cached) * chunk
+    seen = layers * flops_of_attention(architecture, chunk * prompt_tokens / 2)
+    return chunks * (dense + seen)
 
 
 def flops_of_token(architecture: LlamaConfig, context: int) -> float:

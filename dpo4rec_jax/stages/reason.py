@@ -66,8 +66,8 @@ def run(stage: Stage) -> None:
     writer = _endpoint_writer(stage) if first and config.endpoint else _policy_writer(stage)
     if first and config.texts is not None:
         users = _given_users(stage, prepared, config.texts)
-    elif config.user_texts == "history":
-        users = _no_reasoning(stage, prepared)
+    elif config.user_texts != "policy":
+        users = _no_reasoning(stage, prepared, config.user_texts)
     else:
         users = _write(stage, _user_job(stage, prepared), writer)
     _log_quality(stage, users)
@@ -283,14 +283,22 @@ def _given_users(stage: Stage, prepared: Prepared, path: str) -> list[TextRecord
     return records
 
 
-def _no_reasoning(stage: Stage, prepared: Prepared) -> list[TextRecord]:
-    """users.jsonl of empty texts: the encoder then sees a user's history alone."""
+def _no_reasoning(stage: Stage, prepared: Prepared, kind: str) -> list[TextRecord]:
+    """users.jsonl without an LLM: empty texts, so that the encoder sees the history alone, or what
+    is known of the items that the user liked."""
     if stage.config.rounds:
         raise InputError(
-            f"reason.user_texts: history leaves nothing to prefer, but rounds is "
+            f"reason.user_texts: {kind} leaves nothing to prefer, but rounds is "
             f"{stage.config.rounds}; set rounds: 0, or user_texts: policy"
         )
-    records = [TextRecord("user", id, "") for id in prepared.user_id]
+    texts = [""] * len(prepared.user_id)
+    if kind == "likes":
+        told = {item["item"]: item["text"] for item in prepared.items}
+        likes = [[told[item] for item in user["likes"]] for user in prepared.users]
+        texts = [f"The user likes: {' '.join(known)}" if known else "" for known in likes]
+    records = [
+        TextRecord("user", id, text) for id, text in zip(prepared.user_id, texts, strict=True)
+    ]
     write_records(stage.directory / "users.jsonl", records)
     return records
 
