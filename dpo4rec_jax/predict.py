@@ -244,7 +244,12 @@ class LoadedReranker:
             "windows": jax.tree.map(jnp.asarray, self._windows),
             "user": each(reranker.adapt_users, _on_device(self._user_UF)),
             "item": each(reranker.adapt_items, _on_device(self._item_IF)),
+            "match": self._vectors() if self.config.matches else None,
         }
+
+    def _vectors(self) -> tuple[jax.Array, jax.Array]:
+        assert self._user_UF is not None and self._item_IF is not None
+        return jnp.asarray(self._user_UF), jnp.asarray(self._item_IF)
 
 
 def _is_id(value: Any) -> bool:
@@ -262,6 +267,10 @@ def _score(config: RerankerConfig, params_R, tables, user_B, item_BN, mask_BN) -
     if tables["windows"] is not None:
         past_BH, rating_BH = (window_UH[user_B] for window_UH in tables["windows"])
         history = reranker.History(past_BH, rating_BH)
+    match = None
+    if tables["match"] is not None:
+        user_UF, item_IF = tables["match"]
+        match = reranker.Match(user_UF[user_B], item_IF[item_BN])
 
     def one(member):
         params, user_UO, item_IO = member
@@ -269,7 +278,7 @@ def _score(config: RerankerConfig, params_R, tables, user_B, item_BN, mask_BN) -
         item_BNO = None if item_IO is None else item_IO[item_BN]
         knowledge = user_BO, item_BNO
         return reranker.score(
-            config, params, item_BN, mask_BN, tables["attributes"], *knowledge, history
+            config, params, item_BN, mask_BN, tables["attributes"], *knowledge, history, match
         )
 
     return jax.lax.map(one, (params_R, tables["user"], tables["item"])).mean(0)

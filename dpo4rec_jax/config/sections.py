@@ -184,6 +184,9 @@ class RankConfig(Section):
         "redrawn",
         "sampled candidates of training lists: drawn anew each epoch, or as prepare drew them",
     )
+    match: bool = field(
+        True, "a score holds how well the texts of user and item match, where both have texts"
+    )
     epochs: Positive = field(10, "passes over the training lists at the most")
     patience: Positive = field(3, "epochs without a better validation ndcg@5 before the stop")
     batch_lists: Positive = field(256, "lists a step")

@@ -18,6 +18,7 @@ from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.reranker import (
     Attributes,
     History,
+    Match,
     Params,
     RerankerConfig,
     attribute_tables,
@@ -82,7 +83,7 @@ def score_batch(
     item_BN, user_B, mask_BN = lists.item_LN[index_B], lists.user_L[index_B], lists.mask_LN[index_B]
     if attributes is None:
         attributes = attribute_tables(config, lists.attribute_IAM)
-    user_BO = item_BNO = None
+    user_BF = user_BO = item_BNO = None
     if lists.user_UCF is not None:
         sample_B = jnp.zeros_like(user_B) if sample_B is None else sample_B
         user_BF = lists.user_UCF[user_B, sample_B]
@@ -92,6 +93,9 @@ def score_batch(
         distinct_K, place_BN = distinct(item_BN, size, lists.item_IF.shape[0])
         item_KO = reranker.adapt_items(config, params, lists.item_IF[distinct_K])
         item_BNO = item_KO[place_BN]
+    match = None
+    if config.matches and user_BF is not None and lists.item_IF is not None:
+        match = Match(user_BF, lists.item_IF[item_BN])
     return reranker.score(
         config,
         params,
@@ -101,6 +105,7 @@ def score_batch(
         user_BO,
         item_BNO,
         lists.history(user_B),
+        match,
         key,
     )
 
@@ -151,12 +156,17 @@ def score_texts(
     item_BNO = None if tables.item_IO is None else tables.item_IO[item_BN]
     rows = (item_BN, mask_BN, item_BNO, lists.history(lists.user_L[index_B]))
     item, mask, knowledge, history = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), rows)
-    user_BO = None
-    if tables.user_UCO is not None:
-        user_BCO = tables.user_UCO[lists.user_L[index_B], :samples]
-        user_BO = user_BCO.reshape(-1, user_BCO.shape[-1])
+
+    def texts(user_UCx: jax.Array) -> jax.Array:
+        user_BCx = user_UCx[lists.user_L[index_B], :samples]
+        return user_BCx.reshape(-1, user_BCx.shape[-1])
+
+    user_BO = None if tables.user_UCO is None else texts(tables.user_UCO)
+    match = None
+    if config.matches and lists.user_UCF is not None and lists.item_IF is not None:
+        match = Match(texts(lists.user_UCF), jnp.repeat(lists.item_IF[item_BN], samples, axis=0))
     score = reranker.score(
-        config, params, item, mask, tables.attributes, user_BO, knowledge, history
+        config, params, item, mask, tables.attributes, user_BO, knowledge, history, match
     )
     return score.reshape(len(index_B), samples, -1)
 

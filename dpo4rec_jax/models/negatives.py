@@ -24,12 +24,13 @@ from dpo4rec_jax.models.lists import Lists
 class Unmet:
     """What may be drawn, and where: `met_E[offset_U1[u]:offset_U1[u + 1]]` are the distinct items
     that user u met, ascending; `sampled_LN` the places of drawn items in the lists of `redrawn_L`,
-    the others are left as they are."""
+    the others are left as they are. `seed` is of all draws."""
 
     met_E: jax.Array
     offset_U1: jax.Array
     sampled_LN: jax.Array
     redrawn_L: jax.Array
+    seed: jax.Array
 
 
 def unmet_of(
@@ -38,6 +39,7 @@ def unmet_of(
     num_items: int,
     lists: Lists,
     redrawn_L: Bool[np.ndarray, " L"],
+    seed: int,
 ) -> Unmet:
     """From all interactions, in any order. An item of a list that its user never met was drawn."""
     key_E = np.unique(user_E.astype(np.int64) * num_items + item_E)
@@ -52,21 +54,22 @@ def unmet_of(
         offset_U1=jnp.asarray(offset_U1.astype(np.int32)),
         sampled_LN=jnp.asarray(np.asarray(lists.mask_LN) & ~met_LN & redrawn_L[:, None]),
         redrawn_L=jnp.asarray(redrawn_L),
+        seed=jnp.uint32(seed),
     )
 
 
-def redrawn(lists: Lists, unmet: Unmet, num_items: int, seed: ArrayLike, epoch: ArrayLike) -> Lists:
+def redrawn(lists: Lists, unmet: Unmet, num_items: int, epoch: ArrayLike) -> Lists:
     """The lists with new items in the sampled places, uniform without replacement over what the
     user never met, and shuffled. Labels move with their items."""
-    item_LN, label_LN = _redrawn(lists, unmet, num_items, seed, epoch)
+    item_LN, label_LN = _redrawn(lists, unmet, num_items, epoch)
     return replace(lists, item_LN=item_LN, label_LN=label_LN)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _redrawn(
-    lists: Lists, unmet: Unmet, num_items: int, seed: ArrayLike, epoch: ArrayLike
+    lists: Lists, unmet: Unmet, num_items: int, epoch: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    draw_key, order_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch))
+    draw_key, order_key = jax.random.split(jax.random.fold_in(jax.random.key(unmet.seed), epoch))
     start_L, stop_L = (unmet.offset_U1[lists.user_L + i] for i in (0, 1))
     rank_LN = _ranks(num_items - (stop_L - start_L), unmet.sampled_LN, draw_key)
     drawn_LN = _unmet_item(unmet.met_E, start_L, stop_L, rank_LN)

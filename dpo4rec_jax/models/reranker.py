@@ -5,6 +5,10 @@ adaptor(item vector)], the history an option. The adaptors are applied apart fro
 that a caller pays for them once a distinct user and item: `adapt_users`, `adapt_items`, then
 `score` on what they return.
 
+Where both sides have texts, a score also holds how well the two match (`Match`): a product of the
+vectors, dimension by dimension, in place of what a perceptron would have to learn from a few
+thousand users, and learns as these users' names.
+
 The backbones are those of `backbones.py`; one that reads the history is given the user's window as
 embeddings of the same tables.
 """
@@ -36,7 +40,8 @@ class RerankerConfig:
     """Sizes of a re-ranker. A side whose `_features` (length of its vectors) is 0 has no knowledge.
 
     `list_length` matters to PRM alone, whose positions are learned. `history` adds to a candidate
-    what it finds in the user's window, whatever the backbone.
+    what it finds in the user's window, whatever the backbone; `match` adds to a score how well the
+    texts match, where there are both.
     """
 
     backbone: str
@@ -50,6 +55,11 @@ class RerankerConfig:
     dropout: float = 0.0
     user_dropout: float = 0.0
     history: bool = False
+    match: bool = False
+
+    @property
+    def matches(self) -> bool:
+        return self.match and bool(self.user_features and self.item_features)
 
     @property
     def reads_windows(self) -> bool:
@@ -61,6 +71,13 @@ class History(NamedTuple):
 
     item_BH: jax.Array
     rating_BH: jax.Array
+
+
+class Match(NamedTuple):
+    """Vectors of the users' texts and of the candidates', as the adaptors are given them."""
+
+    user_BF: jax.Array
+    item_BNF: jax.Array
 
 
 # Of each attribute of every item: shares_IV of its values, or value_IM, padded with -1.
@@ -81,6 +98,24 @@ def _shares(value_IM: jax.Array, size: int) -> jax.Array:
     return jax.nn.one_hot(value_IM, size, dtype=jnp.float32).sum(-2) / count_I1
 
 
+class MatchScore(nn.Module):
+    """Weighs each dimension of the two vectors' product; `item_F` weighs the item's alone, which
+    takes what all users' texts share off it. Both begin at zero. Vectors have any length."""
+
+    @nn.compact
+    def __call__(self, user_BF: jax.Array, item_BNF: jax.Array) -> jax.Array:
+        zeros, features = nn.initializers.zeros_init(), user_BF.shape[-1]
+        weight_F = self.param("weight", zeros, (features,))
+        item_F = self.param("item", zeros, (features,))
+        user_BF = weight_F[None] * _unit(user_BF) * features**0.5 + item_F[None]
+        return jnp.einsum("bf,bnf->bn", user_BF, _unit(item_BNF))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Of length 1; zeros stay."""
+    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))
+
+
 class Reranker(nn.Module):
     config: RerankerConfig
 
@@ -97,6 +132,8 @@ class Reranker(nn.Module):
         self.drop = nn.Dropout(config.dropout, broadcast_dims=(1,))
         if config.history:
             self.history = TargetAttention()
+        if config.matches:
+            self.match = MatchScore()
         if reads_history(config.backbone):
             self.rating_embed = nn.Embed(RATINGS, config.embedding, embedding_init=init)
         # Its own type is not known here: the table holds it.
@@ -107,6 +144,14 @@ class Reranker(nn.Module):
         return self.adaptor(x, side)
 
     def score(
+        self, item_BN, mask_BN, attributes: Attributes, user_BO, item_BNO, history, match, training
+    ):
+        score_BN = self.score_list(
+            item_BN, mask_BN, attributes, user_BO, item_BNO, history, training
+        )
+        return score_BN + self.match(*match) if self.config.matches else score_BN
+
+    def score_list(
         self, item_BN, mask_BN, attributes: Attributes, user_BO, item_BNO, history, training: bool
     ):
         parts = self.embedded(item_BN, attributes)
@@ -151,7 +196,8 @@ class Reranker(nn.Module):
         """Touches every parameter, for `init`."""
         user_BO = None if user_BF is None else self.adapt(user_BF, "user")
         item_BNO = None if item_BNF is None else self.adapt(item_BNF, "item")
-        return self.score(item_BN, mask_BN, attributes, user_BO, item_BNO, history, False)
+        match = None if user_BF is None or item_BNF is None else Match(user_BF, item_BNF)
+        return self.score(item_BN, mask_BN, attributes, user_BO, item_BNO, history, match, False)
 
 
 def init(config: RerankerConfig, key: jax.Array) -> dict[str, Any]:
@@ -195,15 +241,17 @@ def score(
     user_BO: Float[jax.Array, "B O"] | None = None,
     item_BNO: Float[jax.Array, "B N O"] | None = None,
     history: History | None = None,
+    match: Match | None = None,
     key: jax.Array | None = None,
 ) -> Float[jax.Array, "B N"]:
     """Scores of the candidates, float32, 0 on padding; a `key` turns dropout on.
 
     `attributes` are the tables of all items (`attribute_tables`).
     `user_BO` and `item_BNO` are what the adaptors returned, None for a side without knowledge.
-    `history`: each user's window, where the re-ranker reads windows.
+    `history`: each user's window, where the re-ranker reads windows. `match`: the vectors
+    themselves, where it matches them.
     """
-    arguments = (item_BN, mask_BN, attributes, user_BO, item_BNO, history, key is not None)
+    arguments = (item_BN, mask_BN, attributes, user_BO, item_BNO, history, match, key is not None)
     score_BN = _apply(config, params, key, "score", *arguments)
     return jnp.where(mask_BN, score_BN.astype(jnp.float32), 0.0)
 

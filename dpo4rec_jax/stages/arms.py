@@ -135,6 +135,7 @@ def reranker_config(rank: RankConfig, prepared: Prepared, lists: Lists) -> Reran
         dropout=rank.dropout,
         user_dropout=rank.user_dropout,
         history=rank.history,
+        match=rank.match,
     )
 
 

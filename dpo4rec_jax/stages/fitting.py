@@ -35,7 +35,6 @@ class FitData:
     lists: Lists
     validation_V: jax.Array  # indices of the lists to select on
     unmet: Unmet | None = None  # what negatives are drawn from anew, None: they stay
-    seed: jax.Array | None = None
 
 
 def fit_arm(
@@ -68,8 +67,8 @@ def fit_arm(
     data = FitData(lists, jnp.asarray(lists_in(prepared, VALIDATION)))
     if rank.negatives == "redrawn":
         user_E = np.repeat(np.arange(len(prepared.user_id)), np.diff(prepared.offset_U1))
-        choice = unmet_of(user_E, prepared.item_E, len(prepared.item_id), lists, train_L)
-        data = replace(data, unmet=choice, seed=jnp.uint32(seed))
+        choice = unmet_of(user_E, prepared.item_E, len(prepared.item_id), lists, train_L, seed)
+        data = replace(data, unmet=choice)
     fitted = fit(
         problem_of(config, rank.loss, rank.user_text),
         params_R,
@@ -114,7 +113,7 @@ def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Proble
     def refresh(data: FitData, epoch: np.int32) -> FitData:
         if data.unmet is None:
             return data
-        lists = redrawn(data.lists, data.unmet, config.num_items, data.seed, epoch)
+        lists = redrawn(data.lists, data.unmet, config.num_items, epoch)
         return replace(data, lists=lists)
 
     def draw(data: FitData, key: jax.Array):

@@ -36,12 +36,12 @@ def world():
     lists = Lists(**arrays, attribute_IAM=jnp.zeros((ITEMS, 1, 1), jnp.int32))
     redrawn_L = built.user_L % 4 != 0
     doubled = np.append(user_E, 0), np.append(item_E, item_E[0])
-    return lists, [set(items) for items in met], unmet_of(*doubled, ITEMS, lists, redrawn_L)
+    return lists, [set(items) for items in met], unmet_of(*doubled, ITEMS, lists, redrawn_L, seed=0)
 
 
 def draw(world, seed: int, epoch: int = 0) -> Lists:
     lists, _, unmet = world
-    return redrawn(lists, unmet, ITEMS, jnp.uint32(seed), jnp.int32(epoch))
+    return redrawn(lists, unmet.replace(seed=jnp.uint32(seed)), ITEMS, jnp.int32(epoch))
 
 
 def rows(lists: Lists):
@@ -84,7 +84,7 @@ def test_every_unmet_item_and_every_place_is_equally_likely(world):
     choice = unmet.replace(
         sampled_LN=unmet.sampled_LN[row : row + 1], redrawn_L=unmet.redrawn_L[row : row + 1]
     )
-    many = jax.vmap(lambda epoch: redrawn(alone, choice, ITEMS, jnp.uint32(0), epoch).item_LN[0])
+    many = jax.vmap(lambda epoch: redrawn(alone, choice, ITEMS, epoch).item_LN[0])
     item_DN = np.asarray(many(jnp.arange(draws)))
     sampled = int(choice.sampled_LN.sum())
     free = [i for i in range(ITEMS) if i not in met[user]]

@@ -29,7 +29,7 @@ SIZES = (5, 100)  # one attribute by multi-hot rows, one by lookup
 def make(backbone: str, knowledge: bool = True, **changes: Any):
     """A config, parameters of ordinary size (biases too), and lists with padding."""
     features = FEATURES if knowledge else 0
-    config = RerankerConfig(backbone, ITEMS, SIZES, N, features, features)
+    config = RerankerConfig(backbone, ITEMS, SIZES, N, features, features, match=True)
     config = replace(config, **changes)
     shapes = jax.eval_shape(lambda: reranker.init(config, jax.random.key(0)))
     random = np.random.default_rng(0)
@@ -147,6 +147,20 @@ def test_texts_scored_from_tables_equal_texts_scored_in_a_batch():
     for sample in range(SAMPLES):
         expected = score_some(config, params, lists, index, sample_B=jnp.full((5,), sample))
         np.testing.assert_allclose(score_BCN[:, sample], expected, atol=1e-5)
+
+
+def test_a_match_is_the_weighted_product_of_the_unit_vectors():
+    config, params, lists = make("prm")
+    index = jnp.arange(LISTS)
+    whole_BN = device_lists.score_batch(config, params, lists, index)
+    apart_BN = device_lists.score_batch(replace(config, match=False), params, lists, index)
+    user_BF, item_BNF = lists.user_UCF[lists.user_L, 0], lists.item_IF[lists.item_LN]
+    user_BF /= np.linalg.norm(user_BF, axis=-1, keepdims=True)
+    item_BNF /= np.linalg.norm(item_BNF, axis=-1, keepdims=True)
+    weight_F, item_F = params["match"]["weight"], params["match"]["item"]
+    user_BF = np.sqrt(FEATURES) * np.asarray(user_BF) * weight_F + item_F
+    expected_BN = np.einsum("bf,bnf->bn", user_BF, np.asarray(item_BNF)) * lists.mask_LN
+    np.testing.assert_allclose(whole_BN - apart_BN, expected_BN, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["user", "item"])
