@@ -235,7 +235,7 @@ class LoadedReranker:
 
     def _adapt(self) -> None:
         def each(adapt, vector_xF):
-            if vector_xF is None:
+            if vector_xF is None or not self.config.adapts:
                 return None
             return jax.lax.map(lambda p: adapt(self.config, p, vector_xF), self._params_R)
 

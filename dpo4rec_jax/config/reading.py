@@ -130,5 +130,7 @@ def section_of(annotation: Any) -> type[Section] | None:
 def _first_line(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":  # of several keys together: it says what it got
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
     message = first["msg"][:1].lower() + first["msg"][1:]
     return f"{where}: {message}, got {first.get('input')!r:.80}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
@@ -166,7 +166,9 @@ class EncodeConfig(Section):
 
 class RankConfig(Section):
     backbone: BackboneName = field("prm", "the re-ranker; docs/extending.md adds one of yours")
-    adaptor: Literal["hybrid", "mlp", "moe"] = field("hybrid", "knowledge adaptor")
+    adaptor: Literal["hybrid", "mlp", "moe", "none"] = field(
+        "hybrid", "knowledge adaptor; none: texts count by their match alone"
+    )
     loss: Literal["softmax", "bce", "attention_rank", "listmle", "approx_ndcg"] = field(
         "softmax", "training loss"
     )
@@ -200,6 +202,16 @@ class RankConfig(Section):
         lt=1.0,
     )
     embedding: Positive = field(32, "embedding size of ids and attributes")
+
+    @pydantic.model_validator(mode="after")
+    def _texts_have_a_way_in(self) -> Self:
+        if self.adaptor == "none" and (not self.match or self.knowledge in ("user", "item")):
+            raise ValueError(
+                "adaptor none leaves the texts no way into a score unless match is true and "
+                f"knowledge is of both sides, got match {str(self.match).lower()} and knowledge "
+                f"{self.knowledge}; name an adaptor"
+            )
+        return self
 
 
 class PreferConfig(Section):

@@ -56,8 +56,8 @@ class Lists:
 
 @struct.dataclass
 class Adapted:
-    """What the adaptors made of every text and item, None for a side without knowledge, and the
-    items' attributes."""
+    """What the adaptors made of every text and item, None without adaptors or for a side without
+    knowledge, and the items' attributes."""
 
     user_UCO: jax.Array | None
     item_IO: jax.Array | None
@@ -87,8 +87,9 @@ def score_batch(
     if lists.user_UCF is not None:
         sample_B = jnp.zeros_like(user_B) if sample_B is None else sample_B
         user_BF = lists.user_UCF[user_B, sample_B]
-        user_BO = reranker.adapt_users(config, params, user_BF)
-    if lists.item_IF is not None:
+        if config.adapts:
+            user_BO = reranker.adapt_users(config, params, user_BF)
+    if lists.item_IF is not None and config.adapts:
         size = min(capacity or item_BN.size, item_BN.size, lists.item_IF.shape[0])
         distinct_K, place_BN = distinct(item_BN, size, lists.item_IF.shape[0])
         item_KO = reranker.adapt_items(config, params, lists.item_IF[distinct_K])
@@ -136,9 +137,9 @@ def _met(item_BN: jax.Array, num_items: int) -> jax.Array:
 def adapted(config: RerankerConfig, params: Params, lists: Lists) -> Adapted:
     """Adapts every text and every item once."""
     user_UCO = item_IO = None
-    if lists.user_UCF is not None:
+    if lists.user_UCF is not None and config.adapts:
         user_UCO = reranker.adapt_users(config, params, jnp.asarray(lists.user_UCF))
-    if lists.item_IF is not None:
+    if lists.item_IF is not None and config.adapts:
         item_IO = reranker.adapt_items(config, params, jnp.asarray(lists.item_IF))
     return Adapted(user_UCO, item_IO, attribute_tables(config, lists.attribute_IAM))
 

@@ -38,6 +38,7 @@ Params = Mapping[str, Any]
 @dataclass(frozen=True)
 class RerankerConfig:
     """Sizes of a re-ranker. A side whose `_features` (length of its vectors) is 0 has no knowledge.
+    With adaptor `none` knowledge counts by the match alone.
 
     `list_length` matters to PRM alone, whose positions are learned. `history` adds to a candidate
     what it finds in the user's window, whatever the backbone; `match` adds to a score how well the
@@ -56,6 +57,10 @@ class RerankerConfig:
     user_dropout: float = 0.0
     history: bool = False
     match: bool = False
+
+    @property
+    def adapts(self) -> bool:
+        return self.adaptor != "none" and bool(self.user_features or self.item_features)
 
     @property
     def matches(self) -> bool:
@@ -126,7 +131,7 @@ class Reranker(nn.Module):
         self.attribute_embed = [
             nn.Embed(size, config.embedding, embedding_init=init) for size in config.attribute_sizes
         ]
-        if config.user_features or config.item_features:
+        if config.adapts:
             self.adaptor = ADAPTORS[config.adaptor]()
         # Of the whole list at once, as within the backbones.
         self.drop = nn.Dropout(config.dropout, broadcast_dims=(1,))
@@ -194,8 +199,9 @@ class Reranker(nn.Module):
 
     def everything(self, item_BN, mask_BN, attributes, user_BF, item_BNF, history):
         """Touches every parameter, for `init`."""
-        user_BO = None if user_BF is None else self.adapt(user_BF, "user")
-        item_BNO = None if item_BNF is None else self.adapt(item_BNF, "item")
+        adapts = self.config.adapts
+        user_BO = self.adapt(user_BF, "user") if adapts and user_BF is not None else None
+        item_BNO = self.adapt(item_BNF, "item") if adapts and item_BNF is not None else None
         match = None if user_BF is None or item_BNF is None else Match(user_BF, item_BNF)
         return self.score(item_BN, mask_BN, attributes, user_BO, item_BNO, history, match, False)
 

@@ -148,7 +148,8 @@ def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Proble
     def demand(data: FitData, index_B):
         return count_distinct(data.lists, index_B)
 
-    return Problem(loss, validate, refresh, draw, demand if config.item_features else None)
+    distinct = config.adapts and config.item_features
+    return Problem(loss, validate, refresh, draw, demand if distinct else None)
 
 
 def drawn_texts(count_U: jax.Array, key: jax.Array) -> jax.Array:

@@ -170,6 +170,18 @@ def test_a_side_without_knowledge_has_no_adaptor(side):
     assert kept in params["adaptor"] and f"gate_{side}" not in params["adaptor"]
 
 
+def test_without_adaptor_texts_count_by_their_match():
+    config, params, lists = make("prm", adaptor="none")
+    assert "adaptor" not in params
+    index = jnp.arange(LISTS)
+    score_BN = device_lists.score_batch(config, params, lists, index)
+    bare = replace(config, user_features=0, item_features=0)
+    bare_BN = device_lists.score_batch(bare, params, make_lists(knowledge=False), index)
+    match = {**params, "match": jax.tree.map(jnp.zeros_like, params["match"])}
+    np.testing.assert_allclose(device_lists.score_batch(config, match, lists, index), bare_BN)
+    assert np.abs(score_BN - bare_BN).max() > 0.1
+
+
 def test_without_knowledge_there_is_no_adaptor_at_all():
     config, params, lists = make("setrank", knowledge=False)
     assert "adaptor" not in params
