@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -204,7 +204,7 @@ class RankConfig(Section):
     embedding: Positive = field(32, "embedding size of ids and attributes")
 
     @pydantic.model_validator(mode="after")
-    def _texts_have_a_way_in(self) -> Self:
+    def _texts_have_a_way_in(self) -> RankConfig:
         if self.adaptor == "none" and (not self.match or self.knowledge in ("user", "item")):
             raise ValueError(
                 "adaptor none leaves the texts no way into a score unless match is true and "

@@ -72,6 +72,11 @@ TABLE = (
     Malformed("--set no YAML", given_set("seed=["), r"--set seed=\[: '\[' is not a YAML value"),
     Malformed("--set unknown", given_set("reason.x=1"), r"reason\.x: unknown key"),
     Malformed("--set under a value", given_set("seed.x=1"), "seed: .*valid integer"),
+    Malformed(
+        "texts without a way in",
+        given_set("rank.adaptor=none", "rank.knowledge=user"),
+        r"c\.yaml: rank: adaptor none leaves .* got match true and knowledge user",
+    ),
     Malformed("unknown stage", stages("prepare,rang"), "--stages rang: unknown stage; known: prep"),
     Malformed("unknown round", stages("round7/rank"), "--stages round7/rank: unknown stage"),
     Malformed("too early", stages("rank"), "reads prepare, which is not complete; run it first"),

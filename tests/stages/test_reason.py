@@ -190,6 +190,19 @@ def test_without_reasoning_a_user_has_one_empty_text_and_no_policy_is_loaded(
     assert [(record.id, record.text) for record in users] == [(id, "") for id in prepared.user_id]
 
 
+def test_likes_are_told_by_the_metadata_of_the_windows_positives(prepared, tmp_path) -> None:
+    settings = {"user_texts": "likes", "item_texts": "metadata"}
+    stage = make_stage(tmp_path / "run", prepared, reason=settings, rounds=0, policy={"path": "no"})
+    reason.run(stage)
+    threshold = 3  # of the synthetic world's stars
+    for user, record in enumerate(read_records(stage.directory / "users.jsonl")):
+        start = prepared.offset_U1[user]
+        window = slice(start, start + prepared.window_U[user])
+        liked = prepared.item_E[window][prepared.rating_E[window] > threshold]
+        told = " ".join(prepared.items[item]["text"] for item in liked)
+        assert record.text == (f"The user likes: {told}" if told else "")
+
+
 def test_without_reasoning_there_is_nothing_to_align(prepared, tmp_path) -> None:
     settings = {"user_texts": "history", "item_texts": "metadata"}
     stage = make_stage(tmp_path / "run", prepared, reason=settings, rounds=1)
