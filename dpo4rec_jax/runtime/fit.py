@@ -1,4 +1,5 @@
-"""Training of many small models at once: an epoch is one compiled program over device data.
+"""Training of many small models at once: an epoch is one compiled program over device data (on a
+CPU, one for each model).
 
 The members (axis R: seeds, and folds that must not see some examples) differ in their first
 parameters, their keys and the examples that they draw; the step is the same function for all. An
@@ -8,7 +9,9 @@ parameters by a validation metric stay on the device, kept by member.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -161,11 +164,13 @@ def fit(
         number = np.int32(epoch)
         fresh = problem.refresh(data, number)
         order_RSB = _shuffled(pool_RT, state.key, number, steps, mesh)
+        before = capacity
         if problem.demand is not None:
             need = int(on_host(_largest_demand(problem.demand, fresh, order_RSB, mesh)).max())
             capacity = max(capacity, -(-need // CAPACITY_STEP) * CAPACITY_STEP)
-        state, loss_R, skipped_RS, validation_R = run_epoch(
-            problem, schedule, steps, capacity, state, fresh, order_RSB, number, mesh=mesh
+        program = partial(run_epoch, problem, schedule, steps, capacity, mesh=mesh)
+        state, loss_R, skipped_RS, validation_R = _run(
+            program, state, fresh, order_RSB, number, mesh, new=epoch == 0 or capacity != before
         )
         losses.append(of_members(loss_R))
         validations.append(of_members(validation_R))
@@ -346,6 +351,35 @@ def run_epoch(
 
     train_all = jax.vmap(train, in_axes=(0, 0, None, None))
     return _each_device(train_all, mesh, whole=2)(state_R, order_RSB, data, epoch)
+
+
+def _run(
+    program: Callable[..., tuple[Member, jax.Array, jax.Array, jax.Array]],
+    state_R: Member,
+    data: Tree,
+    order_RSB: jax.Array,
+    epoch: np.int32,
+    mesh: Mesh | None,
+    *,
+    new: bool,
+) -> tuple[Member, jax.Array, jax.Array, jax.Array]:
+    """`run_epoch` of all members: one program, but on a CPU one for each, as many at once as there
+    are cores. A member's products are too small to be split, so that one program of all leaves the
+    other cores idle. A `new` program is compiled by the first member alone.
+    """
+    members = len(order_RSB)
+    if mesh is not None or members == 1 or jax.default_backend() != "cpu":
+        return program(state_R, data, order_RSB, epoch)
+
+    def one(member: int) -> tuple[Member, jax.Array, jax.Array, jax.Array]:
+        own = slice(member, member + 1)
+        state, order_1SB = jax.tree.map(lambda leaf: leaf[own], (state_R, order_RSB))
+        return jax.block_until_ready(program(state, data, order_1SB, epoch))
+
+    first = [one(0)] if new else []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        results = [*first, *pool.map(one, range(len(first), members))]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
 
 
 def _keep_best(state: Member, validation: jax.Array, epoch: jax.Array, patience: int) -> Member:
