@@ -239,17 +239,14 @@ class LoadedReranker:
                 return None
             return jax.lax.map(lambda p: adapt(self.config, p, vector_xF), self._params_R)
 
+        vectors = _on_device(self._user_UF), _on_device(self._item_IF)
         self._tables = {
             "attributes": reranker.attribute_tables(self.config, jnp.asarray(self._attribute_IAM)),
             "windows": jax.tree.map(jnp.asarray, self._windows),
-            "user": each(reranker.adapt_users, _on_device(self._user_UF)),
-            "item": each(reranker.adapt_items, _on_device(self._item_IF)),
-            "match": self._vectors() if self.config.matches else None,
+            "user": each(reranker.adapt_users, vectors[0]),
+            "item": each(reranker.adapt_items, vectors[1]),
+            "match": vectors if self.config.matches else None,
         }
-
-    def _vectors(self) -> tuple[jax.Array, jax.Array]:
-        assert self._user_UF is not None and self._item_IF is not None
-        return jnp.asarray(self._user_UF), jnp.asarray(self._item_IF)
 
 
 def _is_id(value: Any) -> bool:

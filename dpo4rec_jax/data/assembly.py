@@ -113,8 +113,7 @@ def window_entries(
     seen_E = in_window(indexed, window_U)
     seen = (items[i] for i in indexed.item_E[seen_E].tolist())
     entries = history_entries(domain, seen, indexed.rating_E[seen_E].tolist(), threshold)
-    ends = np.cumsum(window_U).tolist()
-    return [entries[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return by_user(entries, window_U)
 
 
 def window_likes(
@@ -123,11 +122,17 @@ def window_likes(
     """Raw ids of the items in each user's window that make a positive label, oldest first."""
     liked_E = in_window(indexed, window_U) & ~(indexed.rating_E <= threshold)
     ids = [indexed.item_id[item] for item in indexed.item_E[liked_E].tolist()]
-    ends = np.cumsum(np.bincount(indexed.user_E[liked_E], minlength=len(window_U))).tolist()
-    return [ids[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return by_user(ids, np.bincount(indexed.user_E[liked_E], minlength=len(window_U)))
+
+
+def by_user(values: list[str], count_U: Int[np.ndarray, " U"]) -> list[list[str]]:
+    """Cuts what is sorted by user into a list for each."""
+    ends = np.cumsum(count_U).tolist()
+    return [values[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def in_window(indexed: Indexed, window_U: Int[np.ndarray, " U"]) -> Bool[np.ndarray, " E"]:
+    """Which interactions lie in their users' knowledge windows."""
     length_U = indexed.length_U
     place_E = np.arange(len(indexed.user_E)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
     return place_E < np.repeat(window_U, length_U)
