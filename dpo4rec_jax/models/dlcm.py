@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,15 +14,17 @@ from dpo4rec_jax.models.list_attention import LayerNorm, dropout
 class GRU(nn.Module):
     """A gated recurrent unit in PyTorch's parametrisation; padding leaves the state as it is.
 
-    All input projections are one matrix product before the scan. Returns the state after every
-    candidate and the last one.
+    All input projections are one matrix product before the scan. The biases of the update gate
+    begin spread over +-3, so that some of the state remembers the list and some shows the candidate
+    just read (for a state that does both, a fresh one takes epochs to tell them apart). Returns the
+    state after every candidate and the last one.
     """
 
     width: int
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gates_BNG = nn.Dense(3 * self.width, name="input")(x_BND)
+        gates_BNG = nn.Dense(3 * self.width, bias_init=_spread_update, name="input")(x_BND)
         recurrent = self.param(
             "recurrent", nn.initializers.orthogonal(), (self.width, 3 * self.width)
         )
@@ -44,11 +48,19 @@ class GRU(nn.Module):
         return state_NBH.swapaxes(0, 1), last_BH
 
 
+def _spread_update(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Biases of (reset, update, new) gates."""
+    del key
+    width = shape[0] // 3
+    zeros = jnp.zeros(width, dtype)
+    return jnp.concatenate([zeros, jnp.linspace(-3.0, 3.0, width, dtype=dtype), zeros])
+
+
 class DLCM(nn.Module):
     """Score of candidate i: v . (o_i * tanh(W s + b)), o_i its state, s the last (equation 6)."""
 
     dropout: float = 0.0
-    width: int = 64
+    width: int = 128
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array, training: bool) -> jax.Array:

@@ -9,17 +9,24 @@ from dpo4rec_jax.models.list_attention import Block, LayerNorm, dropout
 
 
 class PRM(nn.Module):
-    """Learned position encodings are added to the candidates in the order they are given."""
+    """Learned position encodings are added to the candidates in the order they are given; the
+    encoder is `blocks` of self-attention and feed-forward, as in the paper (KAR's is one
+    block, which learns slower and less).
+    """
 
     dropout: float = 0.0
+    blocks: int = 2
     heads: int = 2
+    feed_forward: int = 128
     hidden: tuple[int, ...] = (200, 80)
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array, training: bool) -> jax.Array:
         position_ND = self.param("position", nn.initializers.normal(0.02), x_BND.shape[1:])
         x_BND = x_BND + position_ND[None]
-        x_BND = Block(self.heads, 0, self.dropout, name="block")(x_BND, None, mask_BN, training)
+        for i in range(self.blocks):
+            block = Block(self.heads, self.feed_forward, self.dropout, name=f"block_{i}")
+            x_BND = block(x_BND, None, mask_BN, training)
         x_BND = LayerNorm(name="norm")(x_BND)
         for i, width in enumerate(self.hidden):
             x_BND = nn.relu(nn.Dense(width, name=f"hidden_{i}")(x_BND))
