@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -308,8 +309,9 @@ def start_ours(options: argparse.Namespace) -> tuple[Callable, Callable]:
         nonlocal state, taken
         start = taken * count % len(pairs)
         of_step = rows.take(range(start, start + count))
-        shapes = in_order(rows, options.microbatch, max_shapes=options.max_shapes)
-        for microbatch in in_order(of_step, options.microbatch, max_shapes=options.max_shapes):
+        cut = partial(in_order, max_shapes=options.max_shapes, pack=tuning.packs)
+        shapes = cut(rows, options.microbatch)
+        for microbatch in cut(of_step, options.microbatch):
             fitting = min(m.shape for m in shapes if fits(microbatch.shape, m.shape))
             microbatch = replace(microbatch, shape=fitting)
             arrays = batch_of(of_step, microbatch.rows, fitting, options.microbatch)

@@ -146,6 +146,10 @@ class Shared:
     The prompt is causal; a completion sees the valid prompt and, causally, itself. Nothing between
     completions is computed. Valid positions equal those of C separate [prompt | completion] rows.
     `mesh` is what splash runs on.
+
+    With `packed_BW` (XLA's attention, no sliding window) a row's completions stand behind each
+    other without padding between: C x T indexes their tokens, packed_BW names those that stand
+    there, -1 behind the last.
     """
 
     prompt_length_B: Int[Array, " B"]
@@ -155,6 +159,15 @@ class Shared:
     completion_tokens: int = flax.struct.field(pytree_node=False)
     implementation: Implementation = flax.struct.field(pytree_node=False, default="xla")
     mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
+    packed_BW: Int[Array, "B W"] | None = None
+
+    @property
+    def index_BW(self) -> Int[Array, "B W"]:
+        """Which of the C x T tokens stand behind the prompt."""
+        if self.packed_BW is not None:
+            return self.packed_BW
+        index_W = jnp.arange(self.completions * self.completion_tokens, dtype=jnp.int32)
+        return jnp.broadcast_to(index_W, (self.prompt_length_B.shape[0], len(index_W)))
 
     def position_BT(self) -> Int[Array, "B T"]:
         """Positions of the packed row: every completion continues where its prompt really ends."""
@@ -162,9 +175,9 @@ class Shared:
         prompt_BT = jnp.broadcast_to(
             jnp.arange(self.prompt_tokens, dtype=jnp.int32), (B, self.prompt_tokens)
         )
-        own_T = jnp.arange(self.completion_tokens, dtype=jnp.int32)
-        completion_BT = self.prompt_length_B[:, None] + jnp.tile(own_T, self.completions)[None]
-        return jnp.concatenate([prompt_BT, completion_BT.astype(jnp.int32)], axis=1)
+        own_BW = self.index_BW % self.completion_tokens
+        completion_BW = self.prompt_length_B[:, None] + own_BW
+        return jnp.concatenate([prompt_BT, completion_BW.astype(jnp.int32)], axis=1)
 
     def __call__(
         self,
@@ -176,9 +189,11 @@ class Shared:
         window: int | None = None,
     ) -> tuple[Float[Array, "B T H d"], None]:
         Tp = self.prompt_tokens
-        width = Tp + self.completions * self.completion_tokens
+        width = Tp + self.index_BW.shape[1]
         assert query_BTHd.shape[1] == width, (query_BTHd.shape, width)
         window = None if window is None or window >= width else window
+        packed = self.packed_BW is not None
+        assert not packed or (self.implementation == "xla" and window is None), "not packed so"
         if self.implementation == "splash" and window is None:
             return self._splash(query_BTHd, key_BTKd, value_BTKd), None
         if self.implementation == "xla" and window is None:
@@ -189,6 +204,7 @@ class Shared:
                 self.prompt_length_B,
                 prompt_tokens=Tp,
                 completions=self.completions,
+                part_BW=self.index_BW // self.completion_tokens if packed else None,
             )
             return out_BTHd, None
         prompt = (query_BTHd[:, :Tp], key_BTKd[:, :Tp], value_BTKd[:, :Tp])

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dpo4rec_jax.models.row_sums import by_product as row_sums
+
 # Instead of minus infinity: a list that is all padding gets uniform attention, not NaN.
 HIDDEN_SCORE = -1e9
 NORM_EPSILON = 1e-6
@@ -15,12 +17,6 @@ def dropout(rate: float, training: bool) -> nn.Dropout:
     """Drops a feature in the whole list at once: candidates stay comparable, and a tenth of the
     random numbers is drawn, which on a CPU cost more than the products they drop."""
     return nn.Dropout(rate, broadcast_dims=(1,), deterministic=not training)
-
-
-def row_sums(x: jax.Array) -> jax.Array:
-    """Sums over the last axis, which stays, as a product: on CPUs a reduction over a short axis
-    takes ten times as long as the layer that it belongs to."""
-    return jnp.dot(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")
 
 
 @jax.custom_vjp

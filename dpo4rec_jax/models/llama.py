@@ -34,6 +34,7 @@ from dpo4rec_jax.models.projections import (
     products,
 )
 from dpo4rec_jax.models.rope import RopeScaling
+from dpo4rec_jax.models.row_sums import row_sums
 
 Params = Mapping[str, Any]
 
@@ -107,10 +108,32 @@ def lay(x: Array, mesh: Mesh | None, *axes: Any) -> Array:
 
 def rms_norm(x_xD: Array, scale_D: Array, eps: float) -> Array:
     """Normalised in float32, cast back, then scaled: HF's order, which bf16 parity hangs on."""
-    x32_xD = x_xD.astype(jnp.float32)
-    mean_square_x1 = jnp.mean(x32_xD * x32_xD, axis=-1, keepdims=True)
-    normed_xD = (x32_xD * jax.lax.rsqrt(mean_square_x1 + eps)).astype(x_xD.dtype)
+    normed_xD: Any = _normalised(eps, x_xD)
     return normed_xD * jnp.broadcast_to(scale_D.astype(x_xD.dtype), x_xD.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalised(eps: float, x_xD: Array) -> Array:
+    return _normalised_forward(eps, x_xD)[0]
+
+
+def _normalised_forward(eps: float, x_xD: Array) -> tuple[Array, tuple[Array, Array]]:
+    x32_xD = x_xD.astype(jnp.float32)
+    inverse_x1 = jax.lax.rsqrt(row_sums(x32_xD * x32_xD) / x_xD.shape[-1] + eps)
+    return (x32_xD * inverse_x1).astype(x_xD.dtype), (x_xD, inverse_x1)
+
+
+def _normalised_backward(
+    eps: float, kept: tuple[Array, Array], by_normed_xD: Array
+) -> tuple[Array]:
+    x_xD, inverse_x1 = kept
+    normed_xD = x_xD.astype(jnp.float32) * inverse_x1
+    by_normed_xD = by_normed_xD.astype(jnp.float32)
+    along_x1 = row_sums(by_normed_xD * normed_xD) / x_xD.shape[-1]
+    return ((inverse_x1 * (by_normed_xD - normed_xD * along_x1)).astype(x_xD.dtype),)
+
+
+_normalised.defvjp(_normalised_forward, _normalised_backward)
 
 
 class Layer(nn.Module):

@@ -21,6 +21,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from dpo4rec_jax.models.row_sums import row_sums
+
 MASKED = -1e30  # finite, so arithmetic on it stays finite
 KEPT = "attention"  # the name of what the backward pass needs, for rematerialisation policies
 PROMPT_TILE = 128
@@ -43,10 +45,14 @@ def packed_row(
     *,
     prompt_tokens: int,
     completions: int,
+    part_BW: Int[Array, "B W"] | None = None,
 ) -> Float[Array, "B T H d"]:
     """Rows [prompt | completion 0 | ...]: a causal prompt, and completions that see the valid
     prompt and, causally, themselves. Softmax in float32; H / K query heads in a row share a key
-    head. Padded positions are finite and meaningless."""
+    head. Padded positions are finite and meaningless.
+
+    The completions are of one padded length, or, as `part_BW` says of each token behind the prompt,
+    of the lengths that they have."""
     key_BK1Td, value_BK1Td = _by_head(key_BTKd, 1), _by_head(value_BTKd, 1)
     outs = []
     tokens = _tile_tokens(prompt_tokens)
@@ -60,8 +66,9 @@ def packed_row(
         before = Before(
             key_BK1Td[:, :, 0, :prompt_tokens], value_BK1Td[:, :, 0, :prompt_tokens], seen_BS
         )
-        key, value = (_by_head(x[:, prompt_tokens:], completions) for x in (key_BTKd, value_BTKd))
-        outs.append(_tile(query_BTHd[:, prompt_tokens:], before, key, value))
+        count = completions if part_BW is None else 1
+        key, value = (_by_head(x[:, prompt_tokens:], count) for x in (key_BTKd, value_BTKd))
+        outs.append(_tile(query_BTHd[:, prompt_tokens:], before, key, value, part_BW))
     return jnp.concatenate(outs, axis=1)
 
 
@@ -78,29 +85,43 @@ def _by_head(x_BTKd: Array, completions: int) -> Array:
     return x_BCTKd.transpose(0, 3, 1, 2, 4)
 
 
-def _tile(query_BTHd: Array, before: Before | None, key_BKCTd: Array, value_BKCTd: Array) -> Array:
+def _tile(
+    query_BTHd: Array,
+    before: Before | None,
+    key_BKCTd: Array,
+    value_BKCTd: Array,
+    part_BT: Array | None = None,
+) -> Array:
     B, K, C, T, d = key_BKCTd.shape
     G = query_BTHd.shape[2] // K
     query_BCTKGd = query_BTHd.reshape(B, C, T, K, G, d)
     query_BKCQd = query_BCTKGd.transpose(0, 3, 1, 4, 2, 5).reshape(B, K, C, G * T, d)
-    out_BKCQd = _attend(query_BKCQd, before, key_BKCTd, value_BKCTd)
+    out_BKCQd = _attend(query_BKCQd, before, key_BKCTd, value_BKCTd, part_BT)
     out_BCTKGd = out_BKCQd.reshape(B, K, C, G, T, d).transpose(0, 2, 4, 1, 3, 5)
     return out_BCTKGd.reshape(query_BTHd.shape).astype(query_BTHd.dtype)
 
 
 @jax.custom_vjp
 def _attend(
-    query_BKCQd: Array, before: Before | None, key_BKCTd: Array, value_BKCTd: Array
+    query_BKCQd: Array,
+    before: Before | None,
+    key_BKCTd: Array,
+    value_BKCTd: Array,
+    part_BT: Array | None,
 ) -> Array:
-    return _forward(query_BKCQd, before, key_BKCTd, value_BKCTd)[0]
+    return _forward(query_BKCQd, before, key_BKCTd, value_BKCTd, part_BT)[0]
 
 
 def _forward(
-    query_BKCQd: Array, before: Before | None, key_BKCTd: Array, value_BKCTd: Array
+    query_BKCQd: Array,
+    before: Before | None,
+    key_BKCTd: Array,
+    value_BKCTd: Array,
+    part_BT: Array | None,
 ) -> tuple[Array, Any]:
     scaled_BKCQd = query_BKCQd * query_BKCQd.shape[-1] ** -0.5
     own_BKCQT = _product("bkcqd,bkctd->bkcqt", scaled_BKCQd, key_BKCTd)
-    own_BKCQT = jnp.where(_causal(own_BKCQT.shape), own_BKCQT, MASKED)
+    own_BKCQT = jnp.where(_causal(own_BKCQT.shape, part_BT), own_BKCQT, MASKED)
     maximum_BKCQ = own_BKCQT.max(axis=-1)
     earlier_BKCQS = None
     if before is not None:
@@ -118,17 +139,19 @@ def _forward(
         out_BKCQd += _weighted("bkcqs,bksd->bkcqd", weight_BKCQS, before.value_BKSd)
     out_BKCQd = checkpoint_name(out_BKCQd / total_BKCQ[..., None], KEPT)
     logz_BKCQ = checkpoint_name(maximum_BKCQ + jnp.log(total_BKCQ), KEPT)
-    return out_BKCQd, (scaled_BKCQd, before, key_BKCTd, value_BKCTd, out_BKCQd, logz_BKCQ)
+    return out_BKCQd, (scaled_BKCQd, before, key_BKCTd, value_BKCTd, part_BT, out_BKCQd, logz_BKCQ)
 
 
-def _backward(residuals: Any, cotangent_BKCQd: Array) -> tuple[Array, Before | None, Array, Array]:
-    scaled_BKCQd, before, key_BKCTd, value_BKCTd, out_BKCQd, logz_BKCQ = residuals
-    delta_BKCQ = (cotangent_BKCQd * out_BKCQd).sum(axis=-1)
+def _backward(
+    residuals: Any, cotangent_BKCQd: Array
+) -> tuple[Array, Before | None, Array, Array, None]:
+    scaled_BKCQd, before, key_BKCTd, value_BKCTd, part_BT, out_BKCQd, logz_BKCQ = residuals
+    delta_BKCQ = row_sums(cotangent_BKCQd * out_BKCQd)[..., 0]
     cotangent_BKCQd = cotangent_BKCQd.astype(value_BKCTd.dtype)
 
     score_BKCTQ = _product("bkctd,bkcqd->bkctq", key_BKCTd, scaled_BKCQd)
-    seen_BKCTQ = _causal((*score_BKCTQ.shape[:3], *score_BKCTQ.shape[:2:-1])).swapaxes(-1, -2)
-    score_BKCTQ = jnp.where(seen_BKCTQ, score_BKCTQ, MASKED)
+    seen_BKCQT = _causal((*score_BKCTQ.shape[:3], *score_BKCTQ.shape[:2:-1]), part_BT)
+    score_BKCTQ = jnp.where(seen_BKCQT.swapaxes(-1, -2), score_BKCTQ, MASKED)
     weight_BKCTQ = jnp.exp(score_BKCTQ - logz_BKCQ[..., None, :])
     slope_BKCTQ = _product("bkctd,bkcqd->bkctq", value_BKCTd, cotangent_BKCQd)
     slope_BKCTQ = weight_BKCTQ * (slope_BKCTQ - delta_BKCQ[..., None, :])
@@ -155,6 +178,7 @@ def _backward(residuals: Any, cotangent_BKCQd: Array) -> tuple[Array, Before | N
         by_before,
         _as(key_BKCTd, by_key_BKCTd),
         _as(value_BKCTd, by_value_BKCTd),
+        None,
     )
 
 
@@ -165,11 +189,17 @@ def _as(like: Array, gradient: Array) -> Array:
     return gradient.astype(like.dtype)
 
 
-def _causal(shape_xQT: tuple[int, ...]) -> Array:
-    """True where a query's token, T of them for each head of the group, is not before the key."""
-    *_, queries, tokens = shape_xQT
-    seen_QT = np.tile(np.tri(tokens, dtype=bool), (queries // tokens, 1))
-    return jnp.broadcast_to(jnp.asarray(seen_QT), shape_xQT)
+def _causal(shape_BKCQT: tuple[int, ...], part_BT: Array | None) -> Array:
+    """True where a query's token, T of them for each head of the group, is not before the key, and
+    of the same part."""
+    *_, queries, tokens = shape_BKCQT
+    heads = queries // tokens
+    if part_BT is None:
+        seen_QT = np.tile(np.tri(tokens, dtype=bool), (heads, 1))
+        return jnp.broadcast_to(jnp.asarray(seen_QT), shape_BKCQT)
+    seen_BTT = (part_BT[:, :, None] == part_BT[:, None, :]) & np.tri(tokens, dtype=bool)[None]
+    seen_BQT = jnp.tile(seen_BTT, (1, heads, 1))
+    return jnp.broadcast_to(seen_BQT[:, None, None], shape_BKCQT)
 
 
 def _bias(seen: Array) -> Array:

@@ -6,8 +6,9 @@ for Llama 3). Here they exist for one chunk of tokens at a time, forward and bac
 The gradient of a token's log-probability by its hidden state, E_v[target] - sum_v p_v E_v, needs no
 cotangent, so the forward pass takes it while the chunk's logits are at hand; the backward pass only
 scales it. Under a frozen unembedding (LoRA) that saves the third of the three matrix products that
-recomputation would need. The unembedding's own gradient recomputes the chunk's logits; where nobody
-asks for it, the compiler drops that loop whole.
+recomputation would need. The unembedding's own gradient does need the cotangent: where there is one
+chunk, what the forward pass made of its logits is kept for it; where there are more, they are
+recomputed. Where nobody asks for it, the compiler drops all that.
 """
 
 from __future__ import annotations
@@ -64,23 +65,26 @@ def _forward(
         logp, logits, logz = _logits_and_logps(hidden, target, unembedding_DV)
         slope = _logit_gradient(logits, logz, target).astype(hidden.dtype)
         by_hidden = _product("btv,dv->btd", slope, unembedding_DV.astype(hidden.dtype))
-        return logp, logz, by_hidden
+        return logp, by_hidden, slope if num_chunks == 1 else logz
 
-    logp, logz, by_hidden = _by_chunk(one_chunk, num_chunks, hidden_BTD, target_BT)
-    return logp, (hidden_BTD, unembedding_DV, target_BT, logz, by_hidden)
+    logp, by_hidden, kept = _by_chunk(one_chunk, num_chunks, hidden_BTD, target_BT)
+    return logp, (hidden_BTD, unembedding_DV, target_BT, by_hidden, kept)
 
 
 def _backward(
     num_chunks: int, residuals: tuple[Array, ...], cotangent_BT: Array
 ) -> tuple[Array, Array, None]:
-    hidden_BTD, unembedding_DV, target_BT, logz_BT, by_hidden_BTD = residuals
+    hidden_BTD, unembedding_DV, target_BT, by_hidden_BTD, kept = residuals
 
-    def of_chunk(hidden: Array, target: Array, logz: Array, cotangent: Array) -> Array:
-        logits = _logits(hidden, unembedding_DV)
-        slope = _logit_gradient(logits, logz, target) * cotangent[..., None]
-        return _product("btd,btv->dv", hidden, slope.astype(hidden.dtype))
+    def of_chunk(hidden: Array, target: Array, kept: Array, cotangent: Array) -> Array:
+        slope = kept  # of the only chunk, or the log-normaliser that it is recomputed from
+        if num_chunks > 1:
+            slope = _logit_gradient(_logits(hidden, unembedding_DV), kept, target)
+        # The cotangent goes to the hidden state, a small part of the logits' size.
+        weighted = (hidden * cotangent[..., None]).astype(hidden.dtype)
+        return _product("btd,btv->dv", weighted, slope.astype(hidden.dtype))
 
-    arrays = (hidden_BTD, target_BT, logz_BT, cotangent_BT)
+    arrays = (hidden_BTD, target_BT, kept, cotangent_BT)
     by_unembedding_DV = _sum_of_chunks(of_chunk, num_chunks, *arrays)
     by_hidden_BTD = by_hidden_BTD * cotangent_BT[..., None]
     return (

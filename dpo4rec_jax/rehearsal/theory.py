@@ -23,7 +23,7 @@ def flops_of_pairs(architecture: LlamaConfig, shape: Shape, pairs: int, *, full:
     """Forward and backward of rows [prompt | chosen | rejected]. The backward pass is two forward
     ones; one under adapters, whose own products are below a hundredth. Logits are of completion
     tokens only."""
-    prompt, completion = shape
+    prompt, completion, _ = shape
     tokens = prompt + 2 * completion
     dense = 2.0 * projection_parameters(architecture) * tokens
     logits = 2.0 * architecture.width * architecture.vocab_size * 2 * completion
@@ -34,7 +34,7 @@ def flops_of_pairs(architecture: LlamaConfig, shape: Shape, pairs: int, *, full:
 
 def _seen(shape: Shape) -> float:
     """Pairs of a query and a key that it sees, in a row [prompt | chosen | rejected]."""
-    prompt, completion = shape
+    prompt, completion, _ = shape
     own = completion * (completion + 1) / 2
     return prompt * (prompt + 1) / 2 + 2 * (own + prompt * completion)
 

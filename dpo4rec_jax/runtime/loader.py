@@ -24,10 +24,12 @@ MOST_SHAPES_MERGED = 96  # merging is cubic in the number of different shapes
 
 
 class Shape(NamedTuple):
-    """Padded tokens of a microbatch's prompts and of each of its completions."""
+    """Padded tokens of a microbatch's prompts and of each of its completions; `packed` those of all
+    completions of a row together, where they are to stand behind each other, 0 where not."""
 
     prompt: int
     completion: int
+    packed: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ class Rows:
 
     @functools.cached_property
     def shapes(self) -> np.ndarray:
-        """Prompt tokens and longest completion of every row, [rows, 2]."""
-        longest = [max(map(len, row)) for row in self.completions]
-        return np.stack([[len(prompt) for prompt in self.prompts], longest], axis=1)
+        """Tokens of each prompt, of its longest completion and of all of them, [rows, 3]."""
+        lengths = [[len(completion) for completion in row] for row in self.completions]
+        prompts = [len(prompt) for prompt in self.prompts]
+        return np.stack([prompts, *([f(row) for row in lengths] for f in (max, sum))], axis=1)
 
     def take(self, indices: Sequence[int]) -> Rows:
         """The rows of these indices, in their order."""
@@ -69,8 +72,9 @@ class Microbatch:
 def batch_of(rows: Rows, indices: Sequence[int], shape: Shape, size: int) -> dict[str, np.ndarray]:
     """Padded arrays of `size` rows; those beyond `indices` repeat the first and have mask False.
 
-    prompt_BT, completion_BCT, prompt_length_B, completion_length_BC, mask_B, index_B and `extra`.
-    Lengths, not pad ids, tell what is real: an end-of-text id may serve as padding elsewhere.
+    prompt_BT, completion_BCT, prompt_length_B, completion_length_BC, mask_B, index_B and `extra`;
+    packed_BW where the shape is packed (see `completion_token_logps`). Lengths, not pad ids, tell
+    what is real: an end-of-text id may serve as padding elsewhere.
     """
     filled = np.asarray([*indices, *[indices[0]] * (size - len(indices))])
     num_completions = len(rows.completions[indices[0]])
@@ -78,13 +82,19 @@ def batch_of(rows: Rows, indices: Sequence[int], shape: Shape, size: int) -> dic
     completion_BCT = np.zeros((size, num_completions, shape.completion), np.int32)
     prompt_length_B = np.zeros(size, np.int32)
     completion_length_BC = np.zeros((size, num_completions), np.int32)
+    packed_BW = np.full((size, shape.packed), -1, np.int32)
     for b, row in enumerate(filled):
         prompt = rows.prompts[row]
         prompt_BT[b, : len(prompt)] = prompt
         prompt_length_B[b] = len(prompt)
+        start = 0
         for c, completion in enumerate(rows.completions[row]):
             completion_BCT[b, c, : len(completion)] = completion
             completion_length_BC[b, c] = len(completion)
+            if shape.packed:
+                first, stop = c * shape.completion, start + len(completion)
+                packed_BW[b, start:stop] = first + np.arange(len(completion))
+                start = stop
     return {
         "prompt_BT": prompt_BT,
         "completion_BCT": completion_BCT,
@@ -92,14 +102,17 @@ def batch_of(rows: Rows, indices: Sequence[int], shape: Shape, size: int) -> dic
         "completion_length_BC": completion_length_BC,
         "mask_B": np.arange(size) < len(indices),
         "index_B": filled.astype(np.int32),
+        **({"packed_BW": packed_BW} if shape.packed else {}),
         **{name: values[filled] for name, values in rows.extra.items()},
     }
 
 
-def in_order(rows: Rows, size: int, *, max_shapes: int, multiple: int = 16) -> list[Microbatch]:
+def in_order(
+    rows: Rows, size: int, *, max_shapes: int, multiple: int = 16, pack: bool = False
+) -> list[Microbatch]:
     """Every row once, longest first: for passes that only evaluate."""
     order = sorted(range(len(rows)), key=lambda i: (*(-rows.shapes[i]), i))
-    return _shaped(rows, _cut(order, size), max_shapes, multiple)
+    return _shaped(rows, _cut(order, size), max_shapes, multiple, pack)
 
 
 def shuffled(
@@ -111,6 +124,7 @@ def shuffled(
     microbatch_rows: int,
     max_shapes: int,
     multiple: int = 16,
+    pack: bool = False,
 ) -> list[Microbatch]:
     """The microbatches of a whole training run. The last step of an epoch may hold fewer rows."""
     order: Any = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(epochs)
@@ -123,7 +137,7 @@ def shuffled(
                 of_epoch[step : step + step_rows], key=lambda i: (*(-rows.shapes[i]), i)
             )
             microbatches += _cut(of_step, microbatch_rows)
-    return _shaped(rows, microbatches, max_shapes, multiple)
+    return _shaped(rows, microbatches, max_shapes, multiple, pack)
 
 
 class Feed(Iterator[tuple[Microbatch, dict[str, np.ndarray]]]):
@@ -177,14 +191,26 @@ def _cut(order: Sequence[int], size: int) -> list[tuple[tuple[int, ...], bool]]:
 
 
 def _shaped(
-    rows: Rows, microbatches: Sequence[tuple[tuple[int, ...], bool]], max_shapes: int, multiple: int
+    rows: Rows,
+    microbatches: Sequence[tuple[tuple[int, ...], bool]],
+    max_shapes: int,
+    multiple: int,
+    pack: bool,
 ) -> list[Microbatch]:
+    """`pack` is for pairs: of many completions, the attention among those of a row would cost more
+    than their padding. One completion has none but its own."""
+    completions = len(rows.completions[0])
     exact = [rows.shapes[list(indices)].max(axis=0) for indices, _ in microbatches]
+    if pack and completions == 2:
+        longest = max(each[1] for each in exact)
+        exact = [np.asarray((prompt, longest, both)) for prompt, _, both in exact]
+    else:
+        exact = [each[:2] for each in exact]
     rounded = [_rounded(each, multiple) for each in exact]
     while len(set(rounded)) > MOST_SHAPES_MERGED:
         multiple *= 2
         rounded = [_rounded(each, multiple) for each in exact]
-    merged = merge_shapes(rounded, max_shapes, completions=len(rows.completions[0]))
+    merged = merge_shapes(rounded, max_shapes, completions=completions)
     return [
         Microbatch(indices, merged[shape], ends_step)
         for (indices, ends_step), shape in zip(microbatches, rounded, strict=True)
@@ -207,10 +233,10 @@ def merge_shapes(
     uses = {shape: shapes.count(shape) for shape in groups}
 
     def tokens(shape: Shape) -> int:
-        return shape.prompt + completions * shape.completion
+        return shape.prompt + (shape.packed or completions * shape.completion)
 
     def joined(a: Shape, b: Shape) -> Shape:
-        return Shape(max(a.prompt, b.prompt), max(a.completion, b.completion))
+        return Shape(*map(max, a, b))
 
     def added(a: Shape, b: Shape) -> int:
         both = tokens(joined(a, b))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 Decay = Literal["cosine", "linear", "constant"]
@@ -54,8 +55,23 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) on gradients clipped to a global norm."""
+    """AdamW (Loshchilov & Hutter 2019) on gradients clipped to a global norm, which `update` may be
+    given as `global_norm`."""
     return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
+        _clip(max_grad_norm),
         optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
     )
+
+
+def _clip(most: float) -> optax.GradientTransformationExtraArgs:
+    """optax.clip_by_global_norm for callers that know the norm: taken here again, of gradients that
+    were scaled meanwhile, it would have them written to memory first."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, global_norm: Any = None, **_: Any
+    ) -> tuple[Any, Any]:
+        norm = optax.tree.norm(updates) if global_norm is None else global_norm
+        scale = most / jnp.maximum(norm, most)
+        return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

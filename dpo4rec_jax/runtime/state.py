@@ -118,11 +118,14 @@ def update(
     pending = state.pending
     assert pending is not None
     weight = jnp.maximum(pending.sums.weight, 1e-20)
-    gradient = jax.tree.map(lambda leaf: leaf / weight, pending.gradient)
+    # A product, which compilers form where it is used; a quotient they would write to memory.
+    share = 1.0 / weight
+    gradient = jax.tree.map(lambda leaf: leaf * share, pending.gradient)
     mean_loss = pending.sums.loss / weight
-    grad_norm = optax.tree.norm(gradient)
+    grad_norm = optax.tree.norm(pending.gradient) / weight
     finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
-    updates, moved = optimizer.update(gradient, state.optimizer, state.trainable)
+    told = optax.with_extra_args_support(optimizer)
+    updates, moved = told.update(gradient, state.optimizer, state.trainable, global_norm=grad_norm)
     figures = {name: value / weight for name, value in pending.sums.figures.items()}
     new_state = dataclasses.replace(
         state,

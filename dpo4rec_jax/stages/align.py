@@ -250,7 +250,7 @@ def policy_logps(
     tuning: Tuning, rows: Rows, size: int, max_shapes: int, advance: Callable[[int], None]
 ) -> np.ndarray:
     """Log-probabilities of all completions of all rows under the policy given, before training."""
-    microbatches = in_order(rows, size, max_shapes=max_shapes)
+    microbatches = in_order(rows, size, max_shapes=max_shapes, pack=tuning.packs)
     compute = functools.partial(tuning.compiled_policy_logps, tuning.policy.params)
     results = tuning.for_each(compute, rows, microbatches, size, advance)
     logp_BP = np.zeros((len(rows), len(rows.completions[0])), np.float32)
@@ -273,7 +273,8 @@ def evaluate(
     if not len(rows):
         return {}
     compute = jax.jit(loss, static_argnums=3)
-    microbatches = in_order(rows, size, max_shapes=stage.config.align.max_shapes)
+    most = stage.config.align.max_shapes
+    microbatches = in_order(rows, size, max_shapes=most, pack=tuning.packs)
     with stage.progress.track("held-out pairs", len(rows), "pairs", lockstep=True) as task:
         results = tuning.for_each(
             lambda batch: compute(trainable, frozen, batch, None),
@@ -344,6 +345,7 @@ def _trained(
         step_rows=align.batch_pairs,
         microbatch_rows=size,
         max_shapes=align.max_shapes,
+        pack=tuning.packs,
     )
     schedule, optimizer = optimizer_of(align, _num_steps(microbatches))
     trainer = Trainer(

@@ -70,6 +70,7 @@ class Tuning:
             batch["completion_BCT"],
             batch["prompt_length_B"],
             batch["completion_length_BC"],
+            batch.get("packed_BW"),
             lora=adapter,
             lora_config=self.lora,
             lora_key=key if dropout else None,
@@ -91,6 +92,11 @@ class Tuning:
     def compiled_policy_logps(self) -> jax.stages.Wrapped:
         """`policy_logps`, compiled once for each shape."""
         return jax.jit(self.policy_logps)
+
+    @property
+    def packs(self) -> bool:
+        """Whether completions are to stand behind each other without padding between."""
+        return self.implementation == "xla" and self.policy.config.sliding_window is None
 
     @property
     def row_multiple(self) -> int:

@@ -86,11 +86,27 @@ def test_shapes_that_are_close_are_the_ones_merged():
     assert merged[Shape(512, 16)] == merged[Shape(528, 16)] == Shape(528, 16)
 
 
-def test_every_row_fits_its_microbatch_and_compilations_are_bounded():
-    microbatches = shuffled(ROWS, **OPTIONS)
+@pytest.mark.parametrize("pack", [False, True])
+def test_every_row_fits_its_microbatch_and_compilations_are_bounded(pack):
+    rows = Rows(ROWS.prompts, [[[1] * len(p), [2] * (i + 1)] for i, p in enumerate(ROWS.prompts)])
+    microbatches = shuffled(rows, **OPTIONS, pack=pack)
     assert len({m.shape for m in microbatches}) <= OPTIONS["max_shapes"]
     for m in microbatches:
-        assert (ROWS.shapes[list(m.rows)] <= np.array(m.shape)).all()
+        assert bool(m.shape.packed) == pack
+        held = 3 if pack else 2
+        assert (rows.shapes[list(m.rows), :held] <= np.array(m.shape[:held])).all()
+
+
+def test_packed_completions_stand_behind_each_other():
+    rows = Rows([[5], [9]], [[[2], [0, 0]], [[1, 2, 3], []]])
+    batch = batch_of(rows, [0, 1], Shape(4, 3, 4), size=2)
+    np.testing.assert_array_equal(batch["packed_BW"], [[0, 3, 4, -1], [0, 1, 2, -1]])
+
+
+def test_packing_saves_the_padding_of_the_shorter_completion():
+    rows = Rows([[1] * 16] * 4, [[[1] * 100, [1] * 20]] * 4)
+    shapes = {m.shape for pack in (False, True) for m in in_order(rows, 2, max_shapes=2, pack=pack)}
+    assert shapes == {Shape(16, 112), Shape(16, 112, 128)}
 
 
 def test_many_different_lengths_are_merged_quickly():

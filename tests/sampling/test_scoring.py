@@ -63,6 +63,7 @@ def logps(params, arrays, adapter=None, **options):
         arrays["completion_BCT"],
         arrays["prompt_length_B"],
         arrays["completion_length_BC"],
+        arrays.get("packed_BW"),
         lora=adapter,
         lora_config=None if adapter is None else LORA,
         **options,
@@ -166,6 +167,27 @@ def test_absent_completion_gives_zero_and_no_nan(params):
     np.testing.assert_array_equal(logps(params, arrays)[0, 1], 0.0)
     assert np.isfinite(out)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_packed_completions_give_the_same_as_padded_ones(params, adapter, remat):
+    """Log-probabilities and gradients of all weights, with an empty completion among them."""
+    rows = Rows([ids(5), ids(1), ids(7)], [[ids(4), ids(1)], [ids(2), []], [ids(6), ids(5)]])
+    weight_BCT = jnp.asarray(rng.normal(size=(3, 2, 6)), jnp.float32)
+
+    def weighted(trainable, arrays):
+        out_BCT = logps(trainable[0], arrays, trainable[1], remat=remat)
+        return (out_BCT * weight_BCT).sum(), out_BCT
+
+    gradient = jax.grad(weighted, has_aux=True)
+    (padded, padded_BCT), (packed, packed_BCT) = (
+        gradient((params, adapter), batch(rows, shape)) for shape in (SHAPE, Shape(8, 6, 13))
+    )
+    np.testing.assert_allclose(packed_BCT, padded_BCT, atol=1e-5)
+    assert (np.asarray(packed_BCT)[1, 1] == 0).all()
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(padded))
+    for ours, theirs in zip(*map(jax.tree.leaves, (packed, padded)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * largest)
 
 
 def test_stop_token_counts_even_where_it_equals_the_padding(params):
