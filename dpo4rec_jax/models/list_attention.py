@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpo4rec_jax.models.row_sums import by_product as row_sums
+from dpo4rec_jax.models.row_sums import row_sums
 
 # Instead of minus infinity: a list that is all padding gets uniform attention, not NaN.
 HIDDEN_SCORE = -1e9

@@ -9,10 +9,8 @@ from dpo4rec_jax.models.list_attention import Block, LayerNorm, dropout
 
 
 class PRM(nn.Module):
-    """Learned position encodings are added to the candidates in the order they are given; the
-    encoder is `blocks` of self-attention and feed-forward, as in the paper (KAR's is one
-    block, which learns slower and less).
-    """
+    """Learned position encodings are added to the candidates in the order they are given. The
+    encoder is `blocks` of self-attention and feed-forward, as in the paper."""
 
     dropout: float = 0.0
     blocks: int = 2

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 def row_sums(x: jax.Array) -> jax.Array:
     """A reduction, on CPU a product."""
     by_reduction = functools.partial(jnp.sum, axis=-1, keepdims=True)
-    return jax.lax.platform_dependent(x, cpu=by_product, default=by_reduction)
+    return jax.lax.platform_dependent(x, cpu=_by_product, default=by_reduction)
 
 
-def by_product(x: jax.Array) -> jax.Array:
+def _by_product(x: jax.Array) -> jax.Array:
     return jnp.dot(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")
