@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo4rec_jax.models import flash, tiles
 from dpo4rec_jax.models.flash import Implementation, choose
+from dpo4rec_jax.models.products import summed
 
 __all__ = ["Causal", "Shared", "Block", "Implementation", "attend", "choose", "merge", "visible"]
 
@@ -43,31 +44,20 @@ def attend(
     """One block of scaled dot-product attention, softmax in float32; H / K query heads in a row
     share a key head (repeat-interleave grouping). Rows without a key give zeros and total 0."""
     (B, T, H, d), K = query_BTHd.shape, key_BSKd.shape[2]
-    precision = jax.lax.Precision.HIGHEST if query_BTHd.dtype == jnp.float32 else None
-    einsum = _einsum(precision)
     query_BTKGd = query_BTHd.reshape(B, T, K, H // K, d)
     # Output axes in dot_general's own order (batch, lhs, rhs): scores are never transposed.
-    score_BKTGS = einsum("btkgd,bskd->bktgs", query_BTKGd, key_BSKd) * d**-0.5
+    score_BKTGS = summed("btkgd,bskd->bktgs", query_BTKGd, key_BSKd) * d**-0.5
     mask_BKTGS = jnp.broadcast_to(mask_BTS[:, None, :, None, :], score_BKTGS.shape)
     score_BKTGS = jnp.where(mask_BKTGS, score_BKTGS, MASKED)
     # The maximum cancels in merge; no gradient through it.
     maximum_BKTG = jax.lax.stop_gradient(score_BKTGS.max(axis=-1))
     weight_BKTGS = jnp.where(mask_BKTGS, jnp.exp(score_BKTGS - maximum_BKTG[..., None]), 0.0)
-    out_BKTGd = einsum("bktgs,bskd->bktgd", weight_BKTGS.astype(value_BSKd.dtype), value_BSKd)
+    out_BKTGd = summed("bktgs,bskd->bktgd", weight_BKTGS.astype(value_BSKd.dtype), value_BSKd)
     return Block(
         out_BTHd=out_BKTGd.transpose(0, 2, 1, 3, 4).reshape(B, T, H, d),
         maximum_BTH=maximum_BKTG.transpose(0, 2, 1, 3).reshape(B, T, H),
         total_BTH=weight_BKTGS.sum(axis=-1).transpose(0, 2, 1, 3).reshape(B, T, H),
     )
-
-
-def _einsum(precision: jax.lax.Precision | None) -> Any:
-    def einsum(expression: str, *operands: Array) -> Array:
-        return jnp.einsum(
-            expression, *operands, precision=precision, preferred_element_type=jnp.float32
-        )
-
-    return einsum
 
 
 def merge(*blocks: Block) -> Float[Array, "B T H d"]:

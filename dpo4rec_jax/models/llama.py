@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo4rec_jax.config import LoraConfig
 from dpo4rec_jax.models import rope, tiles
+from dpo4rec_jax.models.products import summed
 from dpo4rec_jax.models.projections import (
     INIT_DEVIATION,
     PRODUCT,
@@ -65,11 +66,6 @@ class LlamaConfig:
     max_position: int = 1 << 20
     dtype: DTypeName = "float32"  # of activations and matrix products
     param_dtype: DTypeName = "float32"
-
-    @property
-    def precision(self) -> jax.lax.Precision | None:
-        """float32 compute means float32: accelerators would otherwise multiply in TF32 or bf16."""
-        return jax.lax.Precision.HIGHEST if self.dtype == "float32" else None
 
 
 @runtime_checkable
@@ -224,8 +220,7 @@ class Decoder(nn.Module):
         table_VD = lay(embed_VD, self.mesh, "tensor")
         x_BTD = lay(jnp.take(table_VD, tokens_BT, axis=0).astype(config.dtype), self.mesh, ROWS)
         frequency_d = rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        angle_BTd = position_BT[..., None].astype(jnp.float32) * frequency_d[None, None]
-        shared = (attention, position_BT, jnp.cos(angle_BTd), jnp.sin(angle_BTd))
+        shared = (attention, position_BT, *rope.turns(position_BT, frequency_d))
         layers = self._run_split if self.split else self._run_scanned
         x_BTD, cache = layers(x_BTD, cache, None if lora is None else lora["layers"], shared)
         scale_D = self.param("final_norm", nn.initializers.ones, shape_VD[1:], config.param_dtype)
@@ -340,9 +335,7 @@ def unembed(
     config: LlamaConfig, params: Params, hidden_xD: Float[Array, "*x D"]
 ) -> Float[Array, "*x V"]:
     """Logits, accumulated and returned in float32 whatever the compute dtype."""
-    return jnp.dot(
-        hidden_xD,
-        unembedding(config, params).astype(hidden_xD.dtype),
-        precision=config.precision,
-        preferred_element_type=jnp.float32,
-    )
+    dtype = hidden_xD.dtype
+    if config.tied:  # the table as it lies: of its transpose XLA makes a copy on CPU
+        return summed("...d,vd->...v", hidden_xD, params["embed"].astype(dtype))
+    return summed("...d,dv->...v", hidden_xD, params["unembed"].astype(dtype))

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from dpo4rec_jax.config import LoraConfig
+from dpo4rec_jax.models.products import product
 
 INIT_DEVIATION = 0.02
 PRODUCT = "projection"  # the name of a projection's product, for rematerialisation policies
@@ -23,9 +24,6 @@ PRODUCT = "projection"  # the name of a projection's product, for rematerialisat
 @runtime_checkable
 class Numerics(Protocol):
     """What a projection needs of a decoder's config."""
-
-    @property
-    def precision(self) -> jax.lax.Precision | None: ...
 
     @property
     def param_dtype(self) -> str: ...
@@ -59,59 +57,51 @@ class Projection(nn.Module):
         if lora is None:
             return y_BTO
         assert self.lora_config is not None, "lora parameters come with their LoraConfig"
-        dot = functools.partial(_dot, self.config.precision)
-        down_BTR = dot(self.drop(x_BTD), lora["a"].astype(x_BTD.dtype))
+        down_BTR = _dot(self.drop(x_BTD), lora["a"].astype(x_BTD.dtype))
         # The scale where the array is smallest, forward and backward.
         down_BTR *= self.lora_config.alpha / lora["a"].shape[-1]
-        return y_BTO + dot(down_BTR, lora["b"].astype(x_BTD.dtype))
+        return y_BTO + _dot(down_BTR, lora["b"].astype(x_BTD.dtype))
 
 
 def products(projections: list[Projection], x_BTD: Array, mesh: Mesh | None) -> tuple[Array, ...]:
     """x W of each, in the dtype of x."""
-    precision = projections[0].config.precision
     if projections[0].by_row:
         rows = (each.kernel_rows.astype(x_BTD.dtype) for each in projections)
-        form = functools.partial(jnp.einsum, "btd,od->bto", precision=precision)
-        return tuple(form(x_BTD, kernel_OD) for kernel_OD in rows)
+        return tuple(product("...d,od->...o", x_BTD, kernel_OD) for kernel_OD in rows)
     kernels = tuple(each.kernel.astype(x_BTD.dtype) for each in projections)
-    formed = _dots(precision, mesh, x_BTD, kernels)
+    formed = _dots(mesh, x_BTD, kernels)
     return jax.tree.map(lambda y_BTO: checkpoint_name(y_BTO, PRODUCT), formed)
 
 
-def _dot(precision: jax.lax.PrecisionLike, x_xD: Array, kernel_DO: Array) -> Array:
-    (y_xO,) = jax.tree.leaves(_dots(precision, None, x_xD, (kernel_DO,)))
+def _dot(x_xD: Array, kernel_DO: Array) -> Array:
+    (y_xO,) = jax.tree.leaves(_dots(None, x_xD, (kernel_DO,)))
     return y_xO
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dots(
-    precision: jax.lax.PrecisionLike, mesh: Mesh | None, x_xD: Array, kernels: tuple[Array, ...]
-) -> tuple[Array, ...]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dots(mesh: Mesh | None, x_xD: Array, kernels: tuple[Array, ...]) -> tuple[Array, ...]:
     """x W for each W. The gradient of x is summed over `tensor` once: left to itself XLA sums that
     of each product (all three of q, k and v), and adds them up behind it.
 
     The gradient of W is formed so that the narrower factor is the one that a backend may have to
     transpose: on CPU that copy, of a wide activation, cost a sixth of a training step."""
-    return tuple(jnp.dot(x_xD, kernel_DO, precision=precision) for kernel_DO in kernels)
+    return tuple(product("...d,do->...o", x_xD, kernel_DO) for kernel_DO in kernels)
 
 
 def _dots_forward(
-    precision: jax.lax.PrecisionLike, mesh: Mesh | None, x_xD: Array, kernels: tuple[Array, ...]
+    mesh: Mesh | None, x_xD: Array, kernels: tuple[Array, ...]
 ) -> tuple[tuple[Array, ...], Any]:
-    return _dots(precision, mesh, x_xD, kernels), (x_xD, kernels)
+    return _dots(mesh, x_xD, kernels), (x_xD, kernels)
 
 
 def _dots_backward(
-    precision: jax.lax.PrecisionLike,
-    mesh: Mesh | None,
-    kept: tuple[Array, tuple[Array, ...]],
-    by_ys: tuple[Array, ...],
+    mesh: Mesh | None, kept: tuple[Array, tuple[Array, ...]], by_ys: tuple[Array, ...]
 ) -> tuple[Array, tuple[Array, ...]]:
     x_xD, kernels = kept
 
     def by_input(by_ys: tuple[Array, ...], kernels: tuple[Array, ...]) -> Array:
         parts = zip(by_ys, kernels, strict=True)
-        by_x = [jnp.einsum("...o,do->...d", *part, precision=precision) for part in parts]
+        by_x = [product("...o,do->...d", *part) for part in parts]
         return functools.reduce(jnp.add, by_x)
 
     def summed(by_ys: tuple[Array, ...], kernels: tuple[Array, ...]) -> Array:
@@ -127,9 +117,9 @@ def _dots_backward(
     by_kernels = []
     for by_y_xO, kernel_DO in zip(by_ys, kernels, strict=True):
         if kernel_DO.shape[0] <= kernel_DO.shape[1]:
-            by_kernel_DO = jnp.einsum("...d,...o->do", x_xD, by_y_xO, precision=precision)
+            by_kernel_DO = product("...d,...o->do", x_xD, by_y_xO)
         else:
-            by_kernel_DO = jnp.einsum("...o,...d->od", by_y_xO, x_xD, precision=precision).T
+            by_kernel_DO = product("...o,...d->od", by_y_xO, x_xD).T
         by_kernels.append(by_kernel_DO)
     return by_x_of(by_ys, kernels), tuple(by_kernels)
 

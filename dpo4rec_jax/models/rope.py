@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+
+from dpo4rec_jax.models.products import summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,22 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.
     result = np.where(wavelength > original / low, stretched, frequency)
     between = (wavelength >= original / high) & (wavelength <= original / low)
     return np.where(between, blended, result).astype(np.float32)
+
+
+def turns(position_BT: Array, frequency_d: np.ndarray) -> tuple[Array, Array]:
+    """Cosine and sine of every position's angles, B T d float32."""
+    angle_BTd = position_BT[..., None].astype(jnp.float32) * frequency_d[None, None]
+    return _once(jnp.cos(angle_BTd)), _once(jnp.sin(angle_BTd))
+
+
+def _once(x_BTd: Array) -> Array:
+    """The same array. XLA for CPUs fuses what is elementwise into each of its uses, and would take
+    the cosines anew for every head of every layer; it does not fuse a product."""
+
+    def times_one(x_BTd: Array) -> Array:
+        return summed("btd,de->bte", x_BTd, jnp.eye(x_BTd.shape[-1], dtype=x_BTd.dtype))
+
+    return jax.lax.platform_dependent(x_BTd, cpu=times_one, default=lambda x_BTd: x_BTd)
 
 
 def rotate(x_BTHd: Array, cos_BTd: Array, sin_BTd: Array) -> Array:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from dpo4rec_jax.models.products import summed
 from dpo4rec_jax.models.row_sums import row_sums
 
 MASKED = -1e30  # finite, so arithmetic on it stays finite
@@ -120,12 +121,12 @@ def _forward(
     part_BT: Array | None,
 ) -> tuple[Array, Any]:
     scaled_BKCQd = query_BKCQd * query_BKCQd.shape[-1] ** -0.5
-    own_BKCQT = _product("bkcqd,bkctd->bkcqt", scaled_BKCQd, key_BKCTd)
+    own_BKCQT = summed("bkcqd,bkctd->bkcqt", scaled_BKCQd, key_BKCTd)
     own_BKCQT = jnp.where(_causal(own_BKCQT.shape, part_BT), own_BKCQT, MASKED)
     maximum_BKCQ = own_BKCQT.max(axis=-1)
     earlier_BKCQS = None
     if before is not None:
-        earlier_BKCQS = _product("bkcqd,bksd->bkcqs", scaled_BKCQd, before.key_BKSd)
+        earlier_BKCQS = summed("bkcqd,bksd->bkcqs", scaled_BKCQd, before.key_BKSd)
         if before.seen_BS is not None:
             earlier_BKCQS += _bias(before.seen_BS)[:, None, None, None]
         maximum_BKCQ = jnp.maximum(maximum_BKCQ, earlier_BKCQS.max(axis=-1))
@@ -149,11 +150,11 @@ def _backward(
     delta_BKCQ = row_sums(cotangent_BKCQd * out_BKCQd)[..., 0]
     cotangent_BKCQd = cotangent_BKCQd.astype(value_BKCTd.dtype)
 
-    score_BKCTQ = _product("bkctd,bkcqd->bkctq", key_BKCTd, scaled_BKCQd)
+    score_BKCTQ = summed("bkctd,bkcqd->bkctq", key_BKCTd, scaled_BKCQd)
     seen_BKCQT = _causal((*score_BKCTQ.shape[:3], *score_BKCTQ.shape[:2:-1]), part_BT)
     score_BKCTQ = jnp.where(seen_BKCQT.swapaxes(-1, -2), score_BKCTQ, MASKED)
     weight_BKCTQ = jnp.exp(score_BKCTQ - logz_BKCQ[..., None, :])
-    slope_BKCTQ = _product("bkctd,bkcqd->bkctq", value_BKCTd, cotangent_BKCQd)
+    slope_BKCTQ = summed("bkctd,bkcqd->bkctq", value_BKCTd, cotangent_BKCQd)
     slope_BKCTQ = weight_BKCTQ * (slope_BKCTQ - delta_BKCQ[..., None, :])
     by_value_BKCTd = _weighted("bkctq,bkcqd->bkctd", weight_BKCTQ, cotangent_BKCQd)
     by_key_BKCTd = _weighted("bkctq,bkcqd->bkctd", slope_BKCTQ, scaled_BKCQd)
@@ -161,11 +162,11 @@ def _backward(
 
     by_before = None
     if before is not None:
-        score_BKSCQ = _product("bksd,bkcqd->bkscq", before.key_BKSd, scaled_BKCQd)
+        score_BKSCQ = summed("bksd,bkcqd->bkscq", before.key_BKSd, scaled_BKCQd)
         if before.seen_BS is not None:
             score_BKSCQ += _bias(before.seen_BS)[:, None, :, None, None]
         weight_BKSCQ = jnp.exp(score_BKSCQ - logz_BKCQ[:, :, None])
-        slope_BKSCQ = _product("bksd,bkcqd->bkscq", before.value_BKSd, cotangent_BKCQd)
+        slope_BKSCQ = summed("bksd,bkcqd->bkscq", before.value_BKSd, cotangent_BKCQd)
         slope_BKSCQ = weight_BKSCQ * (slope_BKSCQ - delta_BKCQ[:, :, None])
         by_value_BKSd = _weighted("bkscq,bkcqd->bksd", weight_BKSCQ, cotangent_BKCQd)
         by_key_BKSd = _weighted("bkscq,bkcqd->bksd", slope_BKSCQ, scaled_BKCQd)
@@ -209,9 +210,4 @@ def _bias(seen: Array) -> Array:
 def _weighted(spec: str, weight: Array, values: Array) -> Array:
     """Of factors in one dtype, the narrower of the two."""
     dtype = min(weight.dtype, values.dtype, key=lambda one: one.itemsize)
-    return _product(spec, weight.astype(dtype), values.astype(dtype))
-
-
-def _product(spec: str, left: Array, right: Array) -> Array:
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jnp.einsum(spec, left, right, precision=precision, preferred_element_type=jnp.float32)
+    return summed(spec, weight.astype(dtype), values.astype(dtype))

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dpo4rec_jax.models.products import summed
+
 CHUNK_TOKENS = 256
 
 
@@ -64,7 +66,7 @@ def _forward(
     def one_chunk(hidden: Array, target: Array) -> tuple[Array, ...]:
         logp, logits, logz = _logits_and_logps(hidden, target, unembedding_DV)
         slope = _logit_gradient(logits, logz, target).astype(hidden.dtype)
-        by_hidden = _product("btv,dv->btd", slope, unembedding_DV.astype(hidden.dtype))
+        by_hidden = summed("btv,dv->btd", slope, unembedding_DV.astype(hidden.dtype))
         return logp, by_hidden, slope if num_chunks == 1 else logz
 
     logp, by_hidden, kept = _by_chunk(one_chunk, num_chunks, hidden_BTD, target_BT)
@@ -82,7 +84,7 @@ def _backward(
             slope = _logit_gradient(_logits(hidden, unembedding_DV), kept, target)
         # The cotangent goes to the hidden state, a small part of the logits' size.
         weighted = (hidden * cotangent[..., None]).astype(hidden.dtype)
-        return _product("btd,btv->dv", weighted, slope.astype(hidden.dtype))
+        return summed("btd,btv->dv", weighted, slope.astype(hidden.dtype))
 
     arrays = (hidden_BTD, target_BT, kept, cotangent_BT)
     by_unembedding_DV = _sum_of_chunks(of_chunk, num_chunks, *arrays)
@@ -97,14 +99,8 @@ def _backward(
 _token_logps.defvjp(_forward, _backward)
 
 
-def _product(spec: str, left: Array, right: Array) -> Array:
-    """Accumulated in float32; of float32 factors in full precision, not the accelerator's TF32."""
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jnp.einsum(spec, left, right, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _logits(hidden: Array, unembedding_DV: Array) -> Array:
-    return _product("btd,dv->btv", hidden, unembedding_DV.astype(hidden.dtype))
+    return summed("btd,dv->btv", hidden, unembedding_DV.astype(hidden.dtype))
 
 
 def _logits_and_logps(

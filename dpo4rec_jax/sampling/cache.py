@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo4rec_jax.models.attention import MASKED, Block, merge
+from dpo4rec_jax.models.products import summed
 
 
 @flax.struct.dataclass
@@ -206,15 +207,13 @@ def _softmax_block(
     to_scores: str, to_out: str, query: Array, key: Array, value: Array, mask: Array
 ) -> tuple[Array, Array, Array]:
     """(values weighted by exp(score - maximum), maximum, total), float32; the tokens' axis last."""
-    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
-    dot = {"precision": precision, "preferred_element_type": jnp.float32}
-    score = jnp.einsum(to_scores, query, key, **dot) * query.shape[-1] ** -0.5
+    score = summed(to_scores, query, key) * query.shape[-1] ** -0.5
     score = jnp.where(jnp.broadcast_to(mask, score.shape), score, MASKED)
     maximum = score.max(axis=-1, keepdims=True)
     # Against a maximum above MASKED a masked score's exponential is exactly zero. Where nothing is
     # visible the block's weights are ones: merge then scales them by exp(MASKED - other) = 0.
     weight = jnp.exp(score - maximum)
-    out = jnp.einsum(to_out, weight.astype(value.dtype), value, **dot)
+    out = summed(to_out, weight.astype(value.dtype), value)
     return out, maximum[..., 0], weight.sum(axis=-1)
 
 
@@ -233,10 +232,27 @@ def _scattered(
 
 
 def _append_key(cache_BKdT: Array, new_BKd: Array, length_B: Array) -> Array:
-    row_B = jnp.arange(cache_BKdT.shape[0])
-    return cache_BKdT.at[row_B, :, :, length_B].set(new_BKd, mode="drop")
+    return _append(cache_BKdT, new_BKd, length_B, axis=3)
 
 
 def _append_value(cache_BKTd: Array, new_BKd: Array, length_B: Array) -> Array:
-    row_B = jnp.arange(cache_BKTd.shape[0])
-    return cache_BKTd.at[row_B, :, length_B].set(new_BKd, mode="drop")
+    return _append(cache_BKTd, new_BKd, length_B, axis=2)
+
+
+def _append(cache_B: Array, new_B: Array, length_B: Array, axis: int) -> Array:
+    """Each row's token put behind the row's others, which lie along `axis`; dropped beyond them."""
+
+    def scattered(cache_B: Array, new_B: Array) -> Array:
+        row_B = jnp.arange(len(cache_B))
+        index = (row_B, *(slice(None),) * (axis - 1), length_B)
+        return cache_B.at[index].set(new_B, mode="drop")
+
+    def selected(cache_B: Array, new_B: Array) -> Array:
+        index = jax.lax.broadcasted_iota(jnp.int32, cache_B.shape, axis)
+        here = index == jnp.expand_dims(length_B, range(1, cache_B.ndim))
+        return jnp.where(here, jnp.expand_dims(new_B, axis), cache_B)
+
+    if cache_B.dtype != jnp.bfloat16:
+        return scattered(cache_B, new_B)
+    # To scatter, XLA for CPUs converts all of a bfloat16 cache to float32 and back.
+    return jax.lax.platform_dependent(cache_B, new_B, cpu=selected, default=scattered)

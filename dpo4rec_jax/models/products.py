@@ -1,0 +1,39 @@
+"""Matrix products, summed in float32, in the form that each backend computes fast.
+
+float32 factors are multiplied as float32: accelerators would otherwise take TF32 or bfloat16. Of
+bfloat16 factors a CPU has units that give float32 sums, which XLA uses only where float32 is what
+is asked for, and the operands are plain matrices; asked for bfloat16 it multiplies a quarter as
+fast or converts the factors to float32 first.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def summed(spec: str, left: Array, right: Array) -> Array:
+    """An einsum of two factors, float32 whatever they are."""
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jnp.einsum(spec, left, right, precision=precision, preferred_element_type=jnp.float32)
+
+
+def product(spec: str, left: Array, right: Array) -> Array:
+    """An einsum in which `...` are leading axes, in the dtype of the factors."""
+    if left.dtype == jnp.float32:
+        return summed(spec, left, right)
+
+    def in_dtype(left: Array, right: Array) -> Array:
+        return jnp.einsum(spec, left, right)
+
+    def rounded(left: Array, right: Array) -> Array:
+        inputs, output = spec.split("->")
+        matrices = [
+            x.reshape(-1, x.shape[-1]) if axes.startswith("...") else x
+            for axes, x in zip(inputs.split(","), (left, right), strict=True)
+        ]
+        out = summed(spec.replace("...", "n"), *matrices).astype(left.dtype)
+        return out.reshape(*left.shape[:-1], -1) if output.startswith("...") else out
+
+    return jax.lax.platform_dependent(left, right, cpu=rounded, default=in_dtype)
