@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dpo4rec_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-SHARED = {"config", "workspace", ""}
+SHARED = {"config", "workspace", "products", ""}
 ALLOWED = {
     "runtime": set(),
     "objectives": set(),

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo4rec_jax.models import flash, tiles
 from dpo4rec_jax.models.flash import Implementation, choose
-from dpo4rec_jax.models.products import summed
+from dpo4rec_jax.products import summed
 
 __all__ = ["Causal", "Shared", "Block", "Implementation", "attend", "choose", "merge", "visible"]
 

@@ -27,7 +27,6 @@ from jaxtyping import Array, Float, Int
 
 from dpo4rec_jax.config import LoraConfig
 from dpo4rec_jax.models import rope, tiles
-from dpo4rec_jax.models.products import summed
 from dpo4rec_jax.models.projections import (
     INIT_DEVIATION,
     PRODUCT,
@@ -36,6 +35,7 @@ from dpo4rec_jax.models.projections import (
 )
 from dpo4rec_jax.models.rope import RopeScaling
 from dpo4rec_jax.models.row_sums import row_sums
+from dpo4rec_jax.products import summed
 
 Params = Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from dpo4rec_jax.config import LoraConfig
-from dpo4rec_jax.models.products import product
+from dpo4rec_jax.products import product
 
 INIT_DEVIATION = 0.02
 PRODUCT = "projection"  # the name of a projection's product, for rematerialisation policies

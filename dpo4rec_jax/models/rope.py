@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dpo4rec_jax.models.products import summed
+from dpo4rec_jax.products import summed
 
 
 @dataclasses.dataclass(frozen=True)

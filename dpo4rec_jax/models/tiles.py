@@ -21,8 +21,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo4rec_jax.models.products import summed
 from dpo4rec_jax.models.row_sums import row_sums
+from dpo4rec_jax.products import summed
 
 MASKED = -1e30  # finite, so arithmetic on it stays finite
 KEPT = "attention"  # the name of what the backward pass needs, for rematerialisation policies

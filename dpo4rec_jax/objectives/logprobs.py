@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo4rec_jax.models.products import summed
+from dpo4rec_jax.products import summed
 
 CHUNK_TOKENS = 256
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo4rec_jax.models.attention import MASKED, Block, merge
-from dpo4rec_jax.models.products import summed
+from dpo4rec_jax.products import summed
 
 
 @flax.struct.dataclass

@@ -14,7 +14,7 @@ import pytest
 from dpo4rec_jax.models import llama, rope
 from dpo4rec_jax.models.attention import Causal
 from dpo4rec_jax.models.llama import LlamaConfig
-from dpo4rec_jax.models.products import product, summed
+from dpo4rec_jax.products import product, summed
 from dpo4rec_jax.sampling import cache
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="how XLA compiles for CPUs")
