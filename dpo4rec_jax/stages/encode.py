@@ -1,7 +1,7 @@
 """Texts to vectors: what a user's history and each reasoning about it say, and each item's facts.
 
 A user's text is the history sentence followed by the LLM's reasoning, as one string (KAR, Xi et al.
-2023); an item's text stands alone. The encoder is frozen, so items are encoded once and reused in
+2023), or with `encode.lines` line by line; an item's text stands alone. The encoder is frozen, so items are encoded once and reused in
 later rounds, unless the policy of the round is itself the encoder.
 """
 
@@ -72,7 +72,8 @@ class _Work:
         count_U = np.array([len(texts.get(id, ())) for id in ids], np.int32)
         mask_UC = np.arange(max(1, count_U.max(initial=0)))[None] < count_U[:, None]
         chosen = [text for id in ids for text in texts.get(id, ())]
-        histories = [users[user]["history"] for user in np.nonzero(mask_UC)[0]]
+        told = self.stage.config.encode.history
+        histories = [users[user]["history"] if told else "" for user in np.nonzero(mask_UC)[0]]
         user_UCF = np.zeros((*mask_UC.shape, self.encoder.features), np.float32)
         user_UCF[mask_UC] = self._encode(name, chosen, histories)
         self.counts[name]["without_text"] = int((count_U == 0).sum())
@@ -89,6 +90,7 @@ class _Work:
                 None if histories is None else [histories[place] for place in own],
                 max_tokens=config.max_tokens,
                 batch_tokens=config.batch_tokens,
+                lines=config.lines,
                 counts=counts,
                 advance=task.advance,
             )

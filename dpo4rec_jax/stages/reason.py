@@ -295,7 +295,7 @@ def _no_reasoning(stage: Stage, prepared: Prepared, kind: str) -> list[TextRecor
     if kind == "likes":
         told = {item["item"]: item["text"] for item in prepared.items}
         likes = [[told[item] for item in user["likes"]] for user in prepared.users]
-        texts = [f"The user likes: {' '.join(known)}" if known else "" for known in likes]
+        texts = ["The user likes: " + "\n".join(known) if known else "" for known in likes]
     records = [
         TextRecord("user", id, text) for id, text in zip(prepared.user_id, texts, strict=True)
     ]

@@ -70,7 +70,7 @@ def load_encoder(
 
 
 class Encoder(abc.ABC):
-    """Equal texts are encoded once; texts over the limit are cut and counted."""
+    """Equal texts, or lines, are encoded once; those over the limit are cut and counted."""
 
     features: int
 
@@ -81,29 +81,41 @@ class Encoder(abc.ABC):
         *,
         max_tokens: int = 256,
         batch_tokens: int = 8192,
+        lines: bool = False,
         counts: collections.Counter[str] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> Float32[np.ndarray, "n F"]:
         """One vector a text, each read as one string with the prefix of the same index before it.
 
         What exceeds `max_tokens` is taken from the front of the prefix first, so a long history
-        never pushes out the text behind it, and only then from the end of the text. `counts`
-        receives `texts`, `distinct`, `tokens`, `cut_prefixes` and `cut_texts` (all but the first of
-        the distinct ones); `advance` is told how many more of the texts are done.
+        never pushes out the text behind it, and only then from the end of the text. With `lines`
+        the prefix and each line of a text that is not blank are encoded by themselves, each within
+        `max_tokens`, and a text's vector is the mean of theirs: no part of a long text is lost.
+
+        `counts` receives `texts`, `distinct`, `tokens`, `cut_prefixes` and `cut_texts` (the last
+        three of what is encoded, each once); `advance` is told how many more of the texts are done.
         """
         assert prefixes is None or len(prefixes) == len(texts)
         pairs = list(zip(prefixes or [""] * len(texts), texts, strict=True))
-        distinct = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        pieces_n = [_lines(*pair) if lines else [pair] for pair in pairs]
         counts = collections.Counter() if counts is None else counts
-        counts.update(texts=len(texts), distinct=len(distinct))
-        vector_xF = np.zeros((len(distinct), self.features), np.float32)
-        copies = np.bincount([distinct[pair] for pair in pairs], minlength=len(distinct))
-        batches = self._encode_distinct(list(distinct), max_tokens, batch_tokens, counts)
-        for place, vectors in batches:
+        counts.update(texts=len(texts), distinct=len(set(pairs)))
+
+        copies = collections.Counter(piece for pieces in pieces_n for piece in pieces)
+        place_of = {piece: place for place, piece in enumerate(copies)}
+        copies_x, total = np.array([*copies.values()], np.int64), copies.total()
+        vector_xF = np.zeros((len(copies), self.features), np.float32)
+        done = 0
+        for place, vectors in self._encode_distinct([*copies], max_tokens, batch_tokens, counts):
             vector_xF[place] = vectors
+            before, done = done, done + int(copies_x[place].sum())
             if advance is not None:
-                advance(int(copies[place].sum()))
-        return vector_xF[[distinct[pair] for pair in pairs]]
+                advance(len(texts) * done // total - len(texts) * before // total)
+
+        vector_nF = np.empty((len(texts), self.features), np.float32)
+        for vector_F, pieces in zip(vector_nF, pieces_n, strict=True):
+            vector_F[:] = vector_xF[[place_of[piece] for piece in pieces]].mean(0)
+        return vector_nF
 
     @abc.abstractmethod
     def _encode_distinct(
@@ -114,6 +126,12 @@ class Encoder(abc.ABC):
         counts: collections.Counter[str],
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (indices into pairs, their vectors) until every pair had its turn."""
+
+
+def _lines(prefix: str, text: str) -> list[tuple[str, str]]:
+    """The prefix and the text's lines, each a (prefix, text) of its own; at least one."""
+    lines = [("", line.strip()) for line in text.splitlines() if line.strip()]
+    return [*([(prefix, "")] if prefix else []), *lines] or [("", "")]
 
 
 class HashingEncoder(Encoder):

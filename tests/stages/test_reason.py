@@ -199,7 +199,7 @@ def test_likes_are_told_by_the_metadata_of_the_windows_positives(prepared, tmp_p
         start = prepared.offset_U1[user]
         window = slice(start, start + prepared.window_U[user])
         liked = prepared.item_E[window][prepared.rating_E[window] > threshold]
-        told = " ".join(prepared.items[item]["text"] for item in liked)
+        told = "\n".join(prepared.items[item]["text"] for item in liked)
         assert record.text == (f"The user likes: {told}" if told else "")
 
 

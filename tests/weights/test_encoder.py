@@ -138,6 +138,22 @@ def test_a_text_over_the_limit_is_cut_at_its_end_and_counted(tiny_bert) -> None:
     assert (counts["cut_prefixes"], counts["cut_texts"]) == (0, 1)
 
 
+def test_lines_are_encoded_apart_and_averaged(tiny_bert) -> None:
+    encoder = load_encoder(tiny_bert)
+    counts: collections.Counter[str] = collections.Counter()
+    done: list[int] = []
+    texts = ["likes drama\n\n likes war \n", "likes war\n" + "word " * 60, "", "likes war"]
+    histories = ["old old new", "", "", ""]
+    got = encoder.encode(
+        texts, histories, max_tokens=5, lines=True, counts=counts, advance=done.append
+    )
+    drama, war, words, none = encoder.encode(["likes drama", "likes war", "word " * 3, ""])
+    old_old_new = encoder.encode(["old old new"])[0]
+    expected = [(old_old_new + drama + war) / 3, (war + words) / 2, none, war]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert (counts["texts"], counts["distinct"], counts["cut_texts"], sum(done)) == (4, 4, 1, 4)
+
+
 def test_texts_longer_than_the_positions_are_cut_to_them(tiny_bert) -> None:
     encoder = load_encoder(tiny_bert)
     got = encoder.encode([" ".join(["word"] * 200)], max_tokens=512)
