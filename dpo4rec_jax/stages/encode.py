@@ -1,8 +1,9 @@
 """Texts to vectors: what a user's history and each reasoning about it say, and each item's facts.
 
 A user's text is the history sentence followed by the LLM's reasoning, as one string (KAR, Xi et al.
-2023), or with `encode.lines` line by line; an item's text stands alone. The encoder is frozen, so items are encoded once and reused in
-later rounds, unless the policy of the round is itself the encoder.
+2023), or with `encode.lines` line by line; an item's text stands alone. The encoder is frozen, so
+items are encoded once and reused in later rounds, unless the policy of the round is itself the
+encoder.
 """
 
 from __future__ import annotations

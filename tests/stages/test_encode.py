@@ -85,6 +85,22 @@ def test_every_text_is_encoded_with_its_users_history_in_its_own_place(tmp_path,
     assert counts["users"]["texts"] == samples_U.sum()
 
 
+def test_texts_are_read_line_by_line_and_without_their_history_where_asked(
+    tmp_path, prepared
+) -> None:
+    settings = {"encoder": "hashing", "features": 32, "history": False, "lines": True}
+    stage = make_stage(tmp_path, 0, encode=settings)
+    prepared.save(stage.workspace.stage_dir("prepare"))
+    write_texts(stage, prepared)
+    users = stage.workspace.stage_dir("reason", 0) / "users.jsonl"
+    id = prepared.user_id[5]
+    write_records(users, [TextRecord("user", id, "likes drama\nlikes war")])
+    encode.run(stage)
+    knowledge = Knowledge.load(stage.directory / "vectors.npz")
+    drama_war_2F = load_encoder("hashing", features=32).encode(["likes drama", "likes war"])
+    np.testing.assert_allclose(knowledge.user_UCF[5, 0], drama_war_2F.mean(0), atol=1e-6)
+
+
 def test_items_are_encoded_at_round_0_and_reused(tmp_path, prepared) -> None:
     first, second = make_stage(tmp_path, 0), make_stage(tmp_path, 1)
     prepared.save(first.workspace.stage_dir("prepare"))
