@@ -113,12 +113,17 @@ class MatchScore(nn.Module):
         weight_F = self.param("weight", zeros, (features,))
         item_F = self.param("item", zeros, (features,))
         user_BF = weight_F[None] * _unit(user_BF) * features**0.5 + item_F[None]
-        return jnp.einsum("bf,bnf->bn", user_BF, _unit(item_BNF))
+        # Divided by the length afterwards: the vectors of a whole list are not written again.
+        return jnp.einsum("bf,bnf->bn", user_BF, item_BNF) * _inverse_length(item_BNF)
 
 
 def _unit(x: jax.Array) -> jax.Array:
     """Of length 1; zeros stay."""
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))
+    return x * _inverse_length(x)[..., None]
+
+
+def _inverse_length(x: jax.Array) -> jax.Array:
+    return jax.lax.rsqrt(jnp.maximum(jnp.einsum("...f,...f->...", x, x), 1e-12))
 
 
 class Reranker(nn.Module):
