@@ -178,9 +178,6 @@ class LoadedReranker:
             raise InputError(
                 f'{where}: expected {{"user": raw id, "items": [raw ids]}}, got {one!r:.80}'
             )
-        for item in items:
-            if not _is_id(item):
-                raise InputError(f"{where}: items: expected raw ids, got {item!r:.40}")
         if self.config.backbone == "prm" and len(items) > self.config.list_length:
             raise InputError(
                 f"{where}: {len(items)} candidates; prm learned positions up to "
@@ -189,17 +186,21 @@ class LoadedReranker:
         user_index = self._users.get(str(user))
         if user_index is None and (self.config.user_features or self.config.reads_windows):
             raise InputError(f"{where}: unknown user {user!r:.80}; describe it by --texts")
-        try:
-            indices = [self._items[str(item)] for item in items]
-        except KeyError as error:
-            unknown = error.args[0]
-            raise InputError(
-                f"{where}: unknown item {unknown!r:.80}; describe it by --texts"
-            ) from None
+        try:  # ids mostly come as text, and are many
+            indices = [*map(self._items.__getitem__, items)]
+        except (KeyError, TypeError):
+            indices = [self._item_index(item, where) for item in items]
         if len(set(indices)) < len(indices):
             item = next(item for n, item in enumerate(items) if indices[n] in indices[:n])
             raise InputError(f"{where}: item {item!r:.80} stands twice; name each candidate once")
         return user_index or 0, indices
+
+    def _item_index(self, item: Any, where: str) -> int:
+        if not _is_id(item):
+            raise InputError(f"{where}: items: expected raw ids, got {item!r:.40}")
+        if (index := self._items.get(str(item))) is None:
+            raise InputError(f"{where}: unknown item {str(item)!r:.80}; describe it by --texts")
+        return index
 
     def _added(
         self, encoder: Encoder, known: dict[str, int], vector_xF: np.ndarray, texts: dict[str, str]
