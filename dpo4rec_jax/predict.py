@@ -30,7 +30,8 @@ from dpo4rec_jax.data.texts import Kind, read_texts
 from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.reranker import RerankerConfig
 from dpo4rec_jax.stages.arms import Arm, arms_of, knowledge_of, lists_of, windows
-from dpo4rec_jax.weights import Encoder, load_encoder, load_policy
+from dpo4rec_jax.stages.encode import encoder_of
+from dpo4rec_jax.weights import Encoder
 from dpo4rec_jax.weights.reranker import load_members
 from dpo4rec_jax.workspace import Workspace, parse_json, write_jsonl
 
@@ -75,7 +76,7 @@ def load_reranker(
         user_UF=None if lists.user_UCF is None else np.asarray(lists.user_UCF[:, 0]),
         item_IF=None if lists.item_IF is None else np.asarray(lists.item_IF),
         windows=windows(prepared) if members.config.reads_windows else None,
-        encoder=partial(_encoder, config, workspace, round),
+        encoder=partial(encoder_of, config, workspace, round),
         encode=config.encode,
     )
 
@@ -312,24 +313,6 @@ def _best_seed(path: Path, seeds: int) -> int:
             f"{path}: not the validation metrics of {seeds} seeds ({error}); run stage rank again, "
             "or score with --ensemble"
         ) from None
-
-
-def _encoder(config: Config, workspace: Workspace, round: int) -> Encoder:
-    policy, cache_dir = None, config.runtime.cache_dir
-    if config.encode.encoder == "policy":
-        path, adapters = workspace.policy_source(config, round)
-        policy = load_policy(
-            path,
-            dtype=config.policy.dtype,
-            param_dtype=config.policy.param_dtype,
-            tokenizer=config.policy.tokenizer,
-            adapters=adapters,
-            cache_dir=cache_dir,
-        )
-    features = config.encode.features
-    return load_encoder(
-        config.encode.encoder, cache_dir=cache_dir, features=features, policy=policy
-    )
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

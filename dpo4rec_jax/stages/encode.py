@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from dpo4rec_jax.config import InputError
+from dpo4rec_jax.config import Config, InputError
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.prepared import Prepared
 from dpo4rec_jax.data.texts import iterate_records, read_texts
 from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.weights import Encoder, load_encoder, load_policy
-from dpo4rec_jax.workspace import Stage, write_json, write_npz
+from dpo4rec_jax.workspace import Stage, Workspace, write_json, write_npz
 
 TextLists = dict[str, list[str]]
 
@@ -32,7 +32,7 @@ def run(stage: Stage) -> None:
     counts.json."""
     assert stage.round is not None
     prepared = Prepared.load(stage.workspace.stage_dir("prepare"), prompts=False)
-    work = _Work(stage, _encoder(stage), prepared)
+    work = _Work(stage, encoder_of(stage.config, stage.workspace, stage.round), prepared)
     user_texts = _texts_of(stage.workspace.stage_dir("reason", stage.round) / "users.jsonl")
     item_texts = _texts_of(stage.workspace.stage_dir("reason", 0) / "items.jsonl")
     if stage.round == 0 or stage.config.encode.encoder == "policy":
@@ -144,11 +144,11 @@ def _own_share(texts: Sequence[str], histories: Sequence[str] | None) -> list[in
     return [place for place, distinct in owners if distinct % this().count == this().index]
 
 
-def _encoder(stage: Stage) -> Encoder:
-    config, cache_dir, policy = stage.config, stage.config.runtime.cache_dir, None
+def encoder_of(config: Config, workspace: Workspace, round: int) -> Encoder:
+    """What the round's texts were encoded with, or will be."""
+    policy, cache_dir = None, config.runtime.cache_dir
     if config.encode.encoder == "policy":
-        assert stage.round is not None
-        path, adapters = stage.workspace.policy_source(config, stage.round)
+        path, adapters = workspace.policy_source(config, round)
         policy = load_policy(
             path,
             dtype=config.policy.dtype,
