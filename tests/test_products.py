@@ -6,6 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from dpo4rec_jax.models import llama, rope
 from dpo4rec_jax.models.attention import Causal
 from dpo4rec_jax.models.llama import LlamaConfig
-from dpo4rec_jax.products import product, summed
+from dpo4rec_jax.products import FEW, product, summed, times_rows
 from dpo4rec_jax.sampling import cache
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="how XLA compiles for CPUs")
@@ -46,6 +47,17 @@ def compiled(config: LlamaConfig, params: dict) -> str:
         return llama.unembed(config, params, hidden_BTD[:, -1])
 
     return jax.jit(logits_BV).lower(params, jnp.zeros((4, 8), jnp.int32)).compile().as_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [X, (FEW, 64), (FEW + 1, 64)], ids=str)
+def test_times_rows_is_the_product_whichever_factor_stands_left(shape: tuple, dtype: str) -> None:
+    x, *matrices = (drawn(seed, s, dtype) for seed, s in enumerate((shape, (96, 64), (5, 64))))
+    for form in (product, summed):
+        formed = times_rows(x, *matrices, form=form)
+        expected = tuple(form("...d,od->...o", x, matrix) for matrix in matrices)
+        chex.assert_trees_all_equal_shapes_and_dtypes(formed, expected)
+        chex.assert_trees_all_close(formed, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

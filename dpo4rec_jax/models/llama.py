@@ -35,7 +35,7 @@ from dpo4rec_jax.models.projections import (
 )
 from dpo4rec_jax.models.rope import RopeScaling
 from dpo4rec_jax.models.row_sums import row_sums
-from dpo4rec_jax.products import summed
+from dpo4rec_jax.products import summed, times_rows
 
 Params = Mapping[str, Any]
 
@@ -337,5 +337,5 @@ def unembed(
     """Logits, accumulated and returned in float32 whatever the compute dtype."""
     dtype = hidden_xD.dtype
     if config.tied:  # the table as it lies: of its transpose XLA makes a copy on CPU
-        return summed("...d,vd->...v", hidden_xD, params["embed"].astype(dtype))
+        return times_rows(hidden_xD, params["embed"].astype(dtype), form=summed)[0]
     return summed("...d,dv->...v", hidden_xD, params["unembed"].astype(dtype))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from dpo4rec_jax.config import LoraConfig
-from dpo4rec_jax.products import product
+from dpo4rec_jax.products import product, times_rows
 
 INIT_DEVIATION = 0.02
 PRODUCT = "projection"  # the name of a projection's product, for rematerialisation policies
@@ -66,8 +66,7 @@ class Projection(nn.Module):
 def products(projections: list[Projection], x_BTD: Array, mesh: Mesh | None) -> tuple[Array, ...]:
     """x W of each, in the dtype of x."""
     if projections[0].by_row:
-        rows = (each.kernel_rows.astype(x_BTD.dtype) for each in projections)
-        return tuple(product("...d,od->...o", x_BTD, kernel_OD) for kernel_OD in rows)
+        return times_rows(x_BTD, *(each.kernel_rows.astype(x_BTD.dtype) for each in projections))
     kernels = tuple(each.kernel.astype(x_BTD.dtype) for each in projections)
     formed = _dots(mesh, x_BTD, kernels)
     return jax.tree.map(lambda y_BTO: checkpoint_name(y_BTO, PRODUCT), formed)
