@@ -13,10 +13,11 @@ HIDDEN_SCORE = -1e9
 NORM_EPSILON = 1e-6
 
 
-def dropout(rate: float, training: bool) -> nn.Dropout:
-    """Drops a feature in the whole list at once: candidates stay comparable, and a tenth of the
-    random numbers is drawn, which on a CPU cost more than the products they drop."""
-    return nn.Dropout(rate, broadcast_dims=(1,), deterministic=not training)
+def dropout(rate: float, training: bool, candidates: int = 1) -> nn.Dropout:
+    """Drops a feature in the whole list at once (axis `candidates`): candidates stay comparable,
+    and a tenth of the random numbers is drawn, which on a CPU cost more than the products they
+    drop."""
+    return nn.Dropout(rate, broadcast_dims=(candidates,), deterministic=not training)
 
 
 @jax.custom_vjp

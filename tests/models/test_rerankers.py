@@ -7,14 +7,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from dpo4rec_jax.models import dlcm, reranker
 from dpo4rec_jax.models import lists as device_lists
-from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.adaptor import ADAPTORS, OUT
 from dpo4rec_jax.models.backbones import BACKBONES
 from dpo4rec_jax.models.dlcm import GRU
@@ -252,16 +253,16 @@ def apply(module: GRU, variables: Any, *arguments: Any) -> Any:
 def test_gru_equals_torchs_with_the_same_weights():
     torch = pytest.importorskip("torch")
     random = np.random.default_rng(0)
-    x = jnp.asarray(random.normal(size=(3, N, 5)), jnp.float32)
+    x = jnp.asarray(random.normal(size=(N, 3, 5)), jnp.float32)
     module = GRU(4)
-    mask = jnp.ones((3, N), bool)
+    mask = jnp.ones((N, 3), bool)
     variables = module.init(jax.random.key(0), x, mask)
     params = jax.tree.map(
         lambda leaf: random.normal(size=leaf.shape).astype(np.float32), variables["params"]
     )
     states, last = apply(module, {"params": params}, x, mask)
 
-    theirs = torch.nn.GRU(5, 4, batch_first=True)
+    theirs = torch.nn.GRU(5, 4)
     bias_hh = np.concatenate([np.zeros(8, np.float32), params["new_bias"]])
     with torch.no_grad():
         theirs.weight_ih_l0.copy_(torch.tensor(params["input"]["kernel"].T))
@@ -273,14 +274,28 @@ def test_gru_equals_torchs_with_the_same_weights():
     np.testing.assert_allclose(last, expected_last[0].numpy(), atol=1e-5)
 
 
+def test_states_times_context_has_the_gradient_of_a_plain_product():
+    random = np.random.default_rng(1)
+    state, context, weight = (
+        jnp.asarray(random.normal(size=shape), jnp.float32)
+        for shape in ((N, 3, 4), (3, 4), (N, 3, 4))
+    )
+
+    def gradients(times: Any) -> Any:
+        return jax.grad(lambda s, c: (times(s, c) * weight).sum(), argnums=(0, 1))(state, context)
+
+    expected = gradients(lambda s, c: s * c[None])
+    chex.assert_trees_all_close(gradients(dlcm.each_times), expected, rtol=1e-5)
+
+
 def test_gru_state_passes_padding_by():
     module = GRU(4)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, N, 5)), jnp.float32)
-    mask = jnp.asarray(np.array([[True, False, True, True, False, False, False, False]]))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 1, 5)), jnp.float32)
+    mask = jnp.asarray(np.array([[True, False, True, True, False, False, False, False]]).T)
     variables = module.init(jax.random.key(0), x, mask)
     _, last = apply(module, variables, x, mask)
-    kept = x[:, [0, 2, 3]]
-    _, expected = apply(module, variables, kept, jnp.ones((1, 3), bool))
+    kept = x[jnp.array([0, 2, 3])]
+    _, expected = apply(module, variables, kept, jnp.ones((3, 1), bool))
     np.testing.assert_allclose(last, expected, atol=1e-6)
 
 
