@@ -314,16 +314,22 @@ def split_layers(params: Params) -> dict[str, Any]:
     layers = params["layers"]
     split = {name: value for name, value in params.items() if name != "layers"}
     for index in range(len(layers["attention_norm"])):
-        split[f"layer_{index}"] = {name: _one(leaf, index) for name, leaf in layers.items()}
+        split[f"layer_{index}"] = _one_layer(layers, index)
     return split
 
 
-def _one(stacked: Any, index: int) -> Any:
-    """A layer's norm, or projection by rows."""
-    if not isinstance(stacked, Mapping):
-        return stacked[index]
-    projection = {name: leaf[index] for name, leaf in stacked.items() if name != "kernel"}
-    return projection | {"kernel_rows": stacked["kernel"][index].T}
+@jax.jit
+def _one_layer(layers: Params, index: Int[Array, ""]) -> dict[str, Any]:
+    """A layer's norms, and projections by rows, each leaf written once."""
+    layer = jax.tree.map(lambda stack: stack[index], layers)
+    return {
+        name: _by_rows(part) if isinstance(part, Mapping) else part for name, part in layer.items()
+    }
+
+
+def _by_rows(projection: Params) -> dict[str, Any]:
+    rest = {name: leaf for name, leaf in projection.items() if name != "kernel"}
+    return rest | {"kernel_rows": projection["kernel"].T}
 
 
 def unembedding(config: LlamaConfig, params: Params) -> Float[Array, "D V"]:
