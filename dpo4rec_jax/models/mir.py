@@ -70,7 +70,9 @@ class MIR(nn.Module):
         x_BND = nn.Dense(self.width, name="candidate")(LayerNorm()(x_BND))
         past_BHD = nn.Dense(self.width, name="past")(LayerNorm()(window.item_BHD))
         set_BND = x_BND + Attention(self.heads, name="within_set")(x_BND, x_BND, mask_BN)
-        list_BHD = past_BHD + GRU(self.width, name="within_list")(past_BHD, window.mask_BH)[0]
+        reader = GRU(self.width, name="within_list")
+        read_HBD, _ = reader(past_BHD.swapaxes(0, 1), window.mask_BH.T)
+        list_BHD = past_BHD + read_HBD.swapaxes(0, 1)
         crossed = SetToList(name="between")(set_BND, list_BHD, mask_BN, window.mask_BH)
         h_BND = LayerNorm()(jnp.concatenate([x_BND, set_BND, *crossed], axis=-1))
         for i, size in enumerate(self.hidden):
