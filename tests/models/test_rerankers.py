@@ -99,6 +99,14 @@ def test_scores_of_a_set_move_with_their_candidates(backbone):
     assert np.ptp(np.asarray(plain[0])) > 1e-3
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_list_scores_the_same_whoever_is_in_its_batch(backbone):
+    config, params, lists = make(backbone)
+    index = jnp.arange(LISTS)[::-1]
+    turned, _ = score_and_gradient(config, params, lists, index)
+    np.testing.assert_allclose(turned[::-1], score(config, params, lists), atol=1e-5)
+
+
 @pytest.mark.parametrize("backbone", ["prm", "dlcm"])
 def test_prm_and_dlcm_know_the_order_of_the_list(backbone):
     config, params, lists = make(backbone)
