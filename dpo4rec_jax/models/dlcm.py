@@ -63,8 +63,8 @@ class DLCM(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array, training: bool) -> jax.Array:
-        # Candidates first from here on: the states, the largest arrays, are never transposed, and
-        # sums over a list add whole rows of features.
+        # Candidates first from here on: the states are never transposed, and what is summed over a
+        # list is a product of whole states (`each_times`).
         x_NBD = LayerNorm()(x_BND.swapaxes(0, 1))
         state_NBH, last_BH = GRU(self.width, name="gru")(x_NBD, mask_BN.T)
         local_NBH = dropout(self.dropout, training, candidates=0)(state_NBH)
