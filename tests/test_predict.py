@@ -13,7 +13,7 @@ import ranking_world as world
 from dpo4rec_jax import predict
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models.lists import score_batch
-from dpo4rec_jax.predict import load_reranker
+from dpo4rec_jax.serving import load_reranker
 from dpo4rec_jax.stages.arms import arms_of, knowledge_of, lists_of
 from dpo4rec_jax.weights.reranker import load_members
 
