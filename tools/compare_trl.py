@@ -6,8 +6,8 @@ Each trainer lives in a process of its own and takes a step when told to, in tur
 meet the same disturbances and each has its own peak of resident memory. Ours allocates in huge
 pages as `train` does. TRL runs as it comes (gradient checkpointing on, the reference computed in
 every step), in float32; --huge-pages gives it huge pages too. The first three steps are compared in
-loss, rewards and gradient norm; the next ones are timed. Compilation and our one pass for the
-reference are reported apart. The last line is JSON.
+loss, rewards and gradient norm (and, apart, in the rewards' margin); the next ones are timed.
+Compilation and our one pass for the reference are reported apart. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from typing import Any
 
 from dpo4rec_jax.command import use_huge_pages
 
-COMPARED = ("loss", "rewards/chosen", "rewards/rejected", "margin", "grad_norm")
+COMPARED = ("loss", "rewards/chosen", "rewards/rejected", "grad_norm")
+MARGIN = "margin"  # of two rewards nearly alike: their rounding is a larger share of it
 STEPS_COMPARED = 3
 BETA, MAX_GRAD_NORM = 0.1, 1.0
 RATES = {"full": 1e-5, "lora": 1e-4}
@@ -161,7 +162,7 @@ def relative_differences(ours: dict[str, float], theirs: dict[str, float]) -> di
     """|a - b| over the larger of both; rewards, which start at 0, over at least beta times one
     thousandth of a completion's log-probability, the rounding that they come from."""
     differences = {}
-    for name in COMPARED:
+    for name in (*COMPARED, MARGIN):
         a, b = ours[name], theirs[name]
         rounding = 0.0 if name in ("loss", "grad_norm") else BETA * 1e-3 * abs(theirs["logps"])
         differences[name] = abs(a - b) / max(abs(a), abs(b), rounding)
@@ -185,10 +186,11 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
             f"trl_peak_gib{suffix}": bytes_["trl"] / 2**30,
             f"compile_seconds{suffix}": result["compile_seconds"],
         }
-    each = [
-        d for result in results.values() for step in result["differences"] for d in step.values()
-    ]
-    return document | {"max_relative_difference": max(each)}
+    steps = [step for result in results.values() for step in result["differences"]]
+    return document | {
+        "max_relative_difference": max(step[key] for step in steps for key in COMPARED),
+        "max_relative_difference_margin": max(step[MARGIN] for step in steps),
+    }
 
 
 class Worker:
@@ -319,7 +321,7 @@ def start_ours(options: argparse.Namespace) -> tuple[Callable, Callable]:
         taken += 1
         figures = {name: float(value) for name, value in jax.device_get(on_device).items()}
         figures["logps"] = figures["logps/chosen"]
-        return {name: figures[name] for name in (*COMPARED, "logps")}
+        return {name: figures[name] for name in (*COMPARED, MARGIN, "logps")}
 
     def end() -> dict[str, float]:
         return {
