@@ -65,6 +65,7 @@ def load_reranker(
         user_UF=None if lists.user_UCF is None else np.asarray(lists.user_UCF[:, 0]),
         item_IF=None if lists.item_IF is None else np.asarray(lists.item_IF),
         windows=windows(prepared) if members.config.reads_windows else None,
+        affinity_UI=None if lists.affinity_UI is None else np.asarray(lists.affinity_UI),
         encoder=partial(encoder_of, config, workspace, round),
         encode=config.encode,
     )
@@ -87,6 +88,7 @@ class LoadedReranker:
         user_UF: np.ndarray | None,
         item_IF: np.ndarray | None,
         windows: tuple[np.ndarray, np.ndarray] | None,
+        affinity_UI: np.ndarray | None,
         encoder: Any,
         encode: EncodeConfig,
     ):
@@ -96,6 +98,7 @@ class LoadedReranker:
         self._items = {id: index for index, id in enumerate(item_id)}
         self._attribute_IAM = np.asarray(attribute_IAM)
         self._user_UF, self._item_IF, self._windows = user_UF, item_IF, windows
+        self._affinity_UI = affinity_UI
         self._encoder, self._encode = encoder, encode
         self._adapt()
 
@@ -104,7 +107,8 @@ class LoadedReranker:
     ) -> None:
         """Adds users and items by their texts, or gives known ones new texts.
 
-        A new item has no attributes and the mean of the id embeddings; a new user no history.
+        A new item has no attributes, the mean of the id embeddings and no affinity to what anyone
+        liked; a new user no history.
         """
         users, items = dict(users or {}), dict(items or {})
         if (users and self._user_UF is not None) or (items and self._item_IF is not None):
@@ -118,6 +122,7 @@ class LoadedReranker:
                 known.setdefault(id, len(known))
         self._grow_items()
         self._grow_windows()
+        self._grow_affinities()
         self._adapt()
 
     def score(self, lists: Iterable[CandidateList]) -> list[Float32[np.ndarray, " N"]]:
@@ -174,7 +179,7 @@ class LoadedReranker:
                 f"{self.config.list_length}: shorten the list or train with data.list_length"
             )
         user_index = self._users.get(str(user))
-        if user_index is None and (self.config.user_features or self.config.reads_windows):
+        if user_index is None and (self._reads_users):
             raise InputError(f"{where}: unknown user {user!r:.80}; describe it by --texts")
         try:  # ids mostly come as text, and are many
             indices = [*map(self._items.__getitem__, items)]
@@ -184,6 +189,11 @@ class LoadedReranker:
             item = next(item for n, item in enumerate(items) if indices[n] in indices[:n])
             raise InputError(f"{where}: item {item!r:.80} stands twice; name each candidate once")
         return user_index or 0, indices
+
+    @property
+    def _reads_users(self) -> bool:
+        config = self.config
+        return bool(config.user_features) or config.reads_windows or config.affinity
 
     def _item_index(self, item: Any, where: str) -> int:
         if not _is_id(item):
@@ -226,6 +236,12 @@ class LoadedReranker:
         added = ((0, len(self._users) - len(past_UH)), (0, 0))
         self._windows = np.pad(past_UH, added), np.pad(rating_UH, added, constant_values=-1)
 
+    def _grow_affinities(self) -> None:
+        if self._affinity_UI is not None:
+            users, items = self._affinity_UI.shape
+            added = (0, len(self._users) - users), (0, len(self._items) - items)
+            self._affinity_UI = np.pad(self._affinity_UI, added)
+
     def _adapt(self) -> None:
         def each(adapt, vector_xF):
             if vector_xF is None or not self.config.adapts:
@@ -239,6 +255,7 @@ class LoadedReranker:
             "user": each(reranker.adapt_users, vectors[0]),
             "item": each(reranker.adapt_items, vectors[1]),
             "match": vectors if self.config.matches else None,
+            "affinity": _on_device(self._affinity_UI),
         }
 
 
@@ -261,15 +278,16 @@ def _score(config: RerankerConfig, params_R, tables, user_B, item_BN, mask_BN) -
     if tables["match"] is not None:
         user_UF, item_IF = tables["match"]
         match = reranker.Match(user_UF[user_B], item_IF[item_BN])
+    affinity_BN = None
+    if tables["affinity"] is not None:
+        affinity_BN = tables["affinity"][user_B[:, None], item_BN]
 
     def one(member):
         params, user_UO, item_IO = member
         user_BO = None if user_UO is None else user_UO[user_B]
         item_BNO = None if item_IO is None else item_IO[item_BN]
-        knowledge = user_BO, item_BNO
-        return reranker.score(
-            config, params, item_BN, mask_BN, tables["attributes"], *knowledge, history, match
-        )
+        knowledge = user_BO, item_BNO, history, match, affinity_BN
+        return reranker.score(config, params, item_BN, mask_BN, tables["attributes"], *knowledge)
 
     return jax.lax.map(one, (params_R, tables["user"], tables["item"])).mean(0)
 

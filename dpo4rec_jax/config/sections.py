@@ -189,6 +189,12 @@ class RankConfig(Section):
     history: bool = field(
         False, "candidates attend to the items of the user's window and their ratings"
     )
+    ease: float | None = field(
+        None,
+        "ridge of a regression among items (EASE), whose say on a candidate from what the user "
+        "liked in the window joins the score; null: none",
+        gt=0.0,
+    )
     negatives: Literal["redrawn", "prepared"] = field(
         "redrawn",
         "sampled candidates of training lists: drawn anew each epoch, or as prepare drew them",

@@ -32,7 +32,8 @@ class Lists:
     """L lists of N candidates, the items' attributes, and the vectors of texts where there are.
 
     The first `count_U[u]` of a user's C vectors are texts. A side without knowledge is None, and so
-    is the history (items of the window and their ratings) where re-rankers do not read it.
+    is the history (items of the window and their ratings) where re-rankers do not read it, and
+    `affinity_UI` where they do not read what `ease` says of every user and item.
     """
 
     user_L: jax.Array
@@ -45,6 +46,13 @@ class Lists:
     item_IF: jax.Array | None = None
     past_UH: jax.Array | None = None
     rating_UH: jax.Array | None = None
+    affinity_UI: jax.Array | None = None
+
+    def affinity(
+        self, user_B: Int[jax.Array, " B"], item_BN: Int[jax.Array, "B N"]
+    ) -> jax.Array | None:
+        """Of each candidate for its user, None where the re-ranker does not read it."""
+        return None if self.affinity_UI is None else self.affinity_UI[user_B[:, None], item_BN]
 
     def history(self, user_B: jax.Array) -> History | None:
         """The users' windows, None where the re-ranker does not read them."""
@@ -107,6 +115,7 @@ def score_batch(
         item_BNO,
         lists.history(user_B),
         match,
+        lists.affinity(user_B, item_BN),
         key,
     )
 
@@ -153,13 +162,15 @@ def score_texts(
     samples: int = 1,
 ) -> Float[jax.Array, "B C N"]:
     """Scores of the lists at `index_B` by each of the first `samples` texts of their users."""
-    item_BN, mask_BN = lists.item_LN[index_B], lists.mask_LN[index_B]
+    item_BN, user_B, mask_BN = lists.item_LN[index_B], lists.user_L[index_B], lists.mask_LN[index_B]
     item_BNO = None if tables.item_IO is None else tables.item_IO[item_BN]
-    rows = (item_BN, mask_BN, item_BNO, lists.history(lists.user_L[index_B]))
-    item, mask, knowledge, history = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), rows)
+    rows = (item_BN, mask_BN, item_BNO, lists.history(user_B), lists.affinity(user_B, item_BN))
+    item, mask, knowledge, history, affinity = jax.tree.map(
+        lambda x: jnp.repeat(x, samples, axis=0), rows
+    )
 
     def texts(user_UCx: jax.Array) -> jax.Array:
-        user_BCx = user_UCx[lists.user_L[index_B], :samples]
+        user_BCx = user_UCx[user_B, :samples]
         return user_BCx.reshape(-1, user_BCx.shape[-1])
 
     user_BO = None if tables.user_UCO is None else texts(tables.user_UCO)
@@ -167,7 +178,7 @@ def score_texts(
     if config.matches and lists.user_UCF is not None and lists.item_IF is not None:
         match = Match(texts(lists.user_UCF), jnp.repeat(lists.item_IF[item_BN], samples, axis=0))
     score = reranker.score(
-        config, params, item, mask, tables.attributes, user_BO, knowledge, history, match
+        config, params, item, mask, tables.attributes, user_BO, knowledge, history, match, affinity
     )
     return score.reshape(len(index_B), samples, -1)
 

@@ -42,7 +42,8 @@ class RerankerConfig:
 
     `list_length` matters to PRM alone, whose positions are learned. `history` adds to a candidate
     what it finds in the user's window, whatever the backbone; `match` adds to a score how well the
-    texts match, where there are both.
+    texts match, where there are both; `affinity` adds how well each candidate fits what the user
+    liked (`ease.affinities`).
     """
 
     backbone: str
@@ -57,6 +58,7 @@ class RerankerConfig:
     user_dropout: float = 0.0
     history: bool = False
     match: bool = False
+    affinity: bool = False
 
     @property
     def adapts(self) -> bool:
@@ -144,6 +146,8 @@ class Reranker(nn.Module):
             self.history = TargetAttention()
         if config.matches:
             self.match = MatchScore()
+        if config.affinity:
+            self.affinity = self.param("affinity", nn.initializers.zeros_init(), ())
         if reads_history(config.backbone):
             self.rating_embed = nn.Embed(RATINGS, config.embedding, embedding_init=init)
         # Its own type is not known here: the table holds it.
@@ -154,12 +158,25 @@ class Reranker(nn.Module):
         return self.adaptor(x, side)
 
     def score(
-        self, item_BN, mask_BN, attributes: Attributes, user_BO, item_BNO, history, match, training
+        self,
+        item_BN,
+        mask_BN,
+        attributes: Attributes,
+        user_BO,
+        item_BNO,
+        history,
+        match,
+        affinity_BN,
+        training,
     ):
         score_BN = self.score_list(
             item_BN, mask_BN, attributes, user_BO, item_BNO, history, training
         )
-        return score_BN + self.match(*match) if self.config.matches else score_BN
+        if self.config.matches:
+            score_BN += self.match(*match)
+        if self.config.affinity:
+            score_BN += self.affinity * affinity_BN
+        return score_BN
 
     def score_list(
         self, item_BN, mask_BN, attributes: Attributes, user_BO, item_BNO, history, training: bool
@@ -208,7 +225,9 @@ class Reranker(nn.Module):
         user_BO = self.adapt(user_BF, "user") if adapts and user_BF is not None else None
         item_BNO = self.adapt(item_BNF, "item") if adapts and item_BNF is not None else None
         match = None if user_BF is None or item_BNF is None else Match(user_BF, item_BNF)
-        return self.score(item_BN, mask_BN, attributes, user_BO, item_BNO, history, match, False)
+        affinity_BN = jnp.zeros(item_BN.shape)
+        knowledge = user_BO, item_BNO, history, match, affinity_BN
+        return self.score(item_BN, mask_BN, attributes, *knowledge, False)
 
 
 def init(config: RerankerConfig, key: jax.Array) -> dict[str, Any]:
@@ -253,6 +272,7 @@ def score(
     item_BNO: Float[jax.Array, "B N O"] | None = None,
     history: History | None = None,
     match: Match | None = None,
+    affinity_BN: Float[jax.Array, "B N"] | None = None,
     key: jax.Array | None = None,
 ) -> Float[jax.Array, "B N"]:
     """Scores of the candidates, float32, 0 on padding; a `key` turns dropout on.
@@ -260,9 +280,10 @@ def score(
     `attributes` are the tables of all items (`attribute_tables`).
     `user_BO` and `item_BNO` are what the adaptors returned, None for a side without knowledge.
     `history`: each user's window, where the re-ranker reads windows. `match`: the vectors
-    themselves, where it matches them.
+    themselves, where it matches them. `affinity_BN`: where it reads affinities.
     """
-    arguments = (item_BN, mask_BN, attributes, user_BO, item_BNO, history, match, key is not None)
+    known = user_BO, item_BNO, history, match, affinity_BN
+    arguments = (item_BN, mask_BN, attributes, *known, key is not None)
     score_BN = _apply(config, params, key, "score", *arguments)
     return jnp.where(mask_BN, score_BN.astype(jnp.float32), 0.0)
 

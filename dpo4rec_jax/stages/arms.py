@@ -12,15 +12,18 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from dpo4rec_jax.config import Config, InputError, RankConfig
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
+from dpo4rec_jax.models import ease
 from dpo4rec_jax.models.backbones import reads_history
 from dpo4rec_jax.models.lists import Lists
 from dpo4rec_jax.models.reranker import RerankerConfig
 from dpo4rec_jax.workspace import Workspace
+
+AFFINITY_BYTES = 8 * 2**30  # at the most, of a float a user and item, and three for two items
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def lists_of(
     if rank.history or reads_history(rank.backbone):
         past_UH, rating_UH = windows(prepared)
         lists = replace(lists, past_UH=jnp.asarray(past_UH), rating_UH=jnp.asarray(rating_UH))
+    if rank.ease is not None:
+        lists = replace(lists, affinity_UI=jnp.asarray(affinities(prepared, rank.ease)))
     if knowledge is None:
         return lists
     user_UCF, count_U, item_IF = knowledge.user_UCF, knowledge.count_U, knowledge.item_IF
@@ -112,6 +117,25 @@ def windows(
     return past_UH.astype(np.int32), np.where(real_UH, stars_UH, -1).astype(np.int32)
 
 
+def affinities(prepared: Prepared, ridge: float) -> Float32[np.ndarray, "U I"]:
+    """How well every item fits what each user liked in the window, learned from the windows and
+    lists of training users. Raises InputError for what no memory would hold."""
+    shape = users, items = len(prepared.user_id), len(prepared.item_id)
+    if (size := 4 * items * (users + 3 * items)) > AFFINITY_BYTES:
+        raise InputError(
+            f"rank.ease: expected at most {AFFINITY_BYTES / 2**30:.0f} GiB, got {size / 2**30:.0f} "
+            f"for {users} users and {items} items; leave it null"
+        )
+    place = {item: index for index, item in enumerate(prepared.item_id)}
+    window_UI, liked_UI = np.zeros(shape, bool), np.zeros(shape, bool)
+    for window_I, user in zip(window_UI, prepared.users, strict=True):
+        window_I[[place[item] for item in user["likes"]]] = True
+    list_L, at_L = np.nonzero(prepared.mask_LN & (prepared.label_LN > 0))
+    liked_UI[prepared.user_L[list_L], prepared.item_LN[list_L, at_L]] = True
+    train_U = prepared.split_U == TRAIN
+    return ease.affinities(liked_UI | window_UI, window_UI, train_U, ridge)
+
+
 def shuffled_users(split_U: np.ndarray, seed: int) -> Int32[np.ndarray, " U"]:
     """For each user another user of the same split (a cycle, so nobody keeps his own)."""
     random = np.random.default_rng([seed, 7])
@@ -136,6 +160,7 @@ def reranker_config(rank: RankConfig, prepared: Prepared, lists: Lists) -> Reran
         user_dropout=rank.user_dropout,
         history=rank.history,
         match=rank.match,
+        affinity=rank.ease is not None,
     )
 
 
