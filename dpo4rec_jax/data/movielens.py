@@ -86,7 +86,12 @@ def _table(
 
 def _movies_1m(data: bytes, where: str) -> pl.DataFrame:
     schema = {"item": str, "title": str, "genre": str}
-    table = read_delimited(data, where, schema, separator="::", encoding="latin-1")
+    try:
+        data.decode()
+        encoding = "utf-8"  # as in ML-10M
+    except UnicodeDecodeError:
+        encoding = "latin-1"
+    table = read_delimited(data, where, schema, separator="::", encoding=encoding)
     return table.with_columns(natural_title(pl.col("title")), pl.col("genre").str.split("|"))
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from dpo4rec_jax.config import DataConfig
+
+HINTS = {  # in a data set's name, or a file's or directory's
+    "movies": re.compile(r"(?<![a-z])ml-(\d|latest)|movie|film|netflix"),
+    "books": re.compile(r"(?<!note)book"),
+    "beauty": re.compile(r"beauty|personal_care|cosmetic"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,17 +41,17 @@ def protocol(config: DataConfig, format: str) -> Protocol:
 
 
 def domain_of(config: DataConfig, format: str) -> str:
-    """The wording to use: as configured, else told from the format, the name or the path."""
+    """The wording to use: as configured, else told from the format, the name, or the part of the
+    path nearest to the data."""
     if config.domain != "auto":
         return config.domain
     if format in ("synthetic", "movielens"):
         return "synthetic" if format == "synthetic" else "movies"
-    named = f"{config.name} {config.path or ''}".lower()
-    hints = {"movies": ("ml-", "movie", "film", "netflix"), "books": ("book",)}
-    hints["beauty"] = ("beauty", "personal_care", "cosmetic")
-    for domain, words in hints.items():
-        if any(word in named for word in words):
-            return domain
+    parts = Path(config.path).parts[::-1] if config.path else ()
+    for named in (config.name, *parts):
+        for domain, words in HINTS.items():
+            if words.search(named.lower()):
+                return domain
     return "products"
 
 

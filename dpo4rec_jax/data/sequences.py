@@ -70,13 +70,14 @@ def select(
 def index(interactions: pl.DataFrame, resolution: int = 1) -> Indexed:
     """Numbers users and items in order of first appearance and sorts by time.
 
-    Times within the same `resolution` seconds are ties, kept in file order.
+    Times within the same `resolution` seconds are ties, kept in file order; times too large to be
+    seconds since 1970 are milliseconds (as in Amazon 2023), or micro- or nanoseconds.
     """
     user_E, user_id = _codes(interactions["user"])
     item_E, item_id = _codes(interactions["item"])
     time_E = interactions["time"].to_numpy()
     rating_E = interactions["rating"].fill_null(float("nan")).to_numpy()
-    order_E = np.lexsort((time_E // resolution, user_E))
+    order_E = np.lexsort((time_E // (resolution * _ticks(time_E)), user_E))
     return Indexed(
         user_id=user_id,
         item_id=item_id,
@@ -85,6 +86,12 @@ def index(interactions: pl.DataFrame, resolution: int = 1) -> Indexed:
         time_E=time_E[order_E].astype(np.int64),
         rating_E=rating_E[order_E].astype(np.float32),
     )
+
+
+def _ticks(time_E: np.ndarray) -> int:
+    """Of a second: the fewest that put the latest time before the year 5000."""
+    latest = int(time_E.max(initial=0))
+    return next(ticks for ticks in (1, 10**3, 10**6, 10**9) if latest < 10**11 * ticks)
 
 
 def window(length_U: Int[np.ndarray, " U"], cap: int) -> Int32[np.ndarray, " U"]:

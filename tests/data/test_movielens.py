@@ -119,6 +119,12 @@ def test_titles_are_latin_1_with_the_article_in_front(tmp_path: Path) -> None:
     assert raw.items["genre"].to_list() == [["Animation", "Comedy"], ["Drama"]]
 
 
+def test_titles_in_utf_8_are_read_as_that(tmp_path: Path) -> None:
+    movies = MOVIES.encode()  # as in ML-10M
+    raw = read(write(tmp_path, ratings_dat=RATINGS, movies_dat=movies, users_dat=USERS))
+    assert raw.items["title"].to_list() == ["Toy Story (1995)", "Les Misérables (1995)"]
+
+
 def test_profiles_are_in_words_and_an_unknown_occupation_is_left_out(tmp_path: Path) -> None:
     raw = read(write(tmp_path, ratings_dat=RATINGS, users_dat=USERS))
     assert raw.users.rows() == [

@@ -115,3 +115,13 @@ def test_by_day_interactions_of_one_day_keep_the_order_of_the_file() -> None:
     interactions = table(*rows, ("u", "d", day + 7, 4.0))
     assert index(interactions).rating_E.tolist() == [3.0, 2.0, 4.0, 1.0]
     assert index(interactions, resolution=day).rating_E.tolist() == [3.0, 1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("ticks", [1, 1000, 10**6])
+def test_a_day_is_a_day_whatever_the_unit_of_time(ticks: int) -> None:
+    day = 24 * 60 * 60
+    morning = 15_000 * day  # in 2011
+    rows = [("u", "a", morning + 9, 1.0), ("u", "b", morning + 5, 2.0), ("u", "c", 3, 3.0)]
+    interactions = table(*((user, item, time * ticks, stars) for user, item, time, stars in rows))
+    assert index(interactions, resolution=day).rating_E.tolist() == [3.0, 1.0, 2.0]
+    assert index(interactions).rating_E.tolist() == [3.0, 2.0, 1.0]
