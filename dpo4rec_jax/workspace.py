@@ -295,6 +295,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def iterate_lines(path: Path) -> Iterator[str]:
+    """Lines of a JSONL file, which end at newlines alone: texts may hold what Unicode calls line
+    separators, and `splitlines` would cut there."""
+    with path.open(encoding="utf-8") as file:
+        yield from file
+
+
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -35,7 +35,7 @@ from dpo4rec_jax.runtime.optimizer import adamw, learning_rate_schedule
 from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.runtime.state import Batch, Loss, Sums, Tree
 from dpo4rec_jax.stages.tuning import Tuning, load, seed_of, tuning_of, weighted_sum
-from dpo4rec_jax.workspace import Stage, write_json, write_npz
+from dpo4rec_jax.workspace import Stage, iterate_lines, write_json, write_npz
 
 FIGURES = (
     "rewards/chosen",
@@ -47,7 +47,7 @@ FIGURES = (
     "logps/rejected",
 )
 FEWEST_PAIRS_TO_HOLD_OUT = 10
-MUCH_WORSE, MUCH_LESS_LIKELY = 1.1, -1.0  # a ratio of losses; a reward
+MUCH_WORSE, MUCH_LESS_LIKELY = 1.1, 1.0  # a ratio of losses; of what is lost beta times nats
 
 ORDER_STREAM, ADAPTER_STREAM, DROPOUT_STREAM, HELDOUT_STREAM = range(4)
 
@@ -117,7 +117,7 @@ def run(stage: Stage) -> None:
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs of pairs.jsonl. Raises InputError, with file and line, for one that is damaged."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = list(iterate_lines(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}; run stage prefer again") from None
     pairs = []
@@ -318,9 +318,10 @@ def doubts(
             "training diverges or overfits; lower align.learning_rate (now "
             f"{align.learning_rate:g}) or align.epochs (now {align.epochs})"
         )
-    if after["rewards/chosen"] < MUCH_LESS_LIKELY:
+    fallen = before["logps/chosen"] - after["logps/chosen"]
+    if align.beta * fallen > MUCH_LESS_LIKELY:
         yield (
-            f"chosen texts became less likely by {-after['rewards/chosen'] / align.beta:.0f} nats: "
+            f"chosen texts became less likely by {fallen:.0f} nats: "
             f"the policy drifts from all it was shown; lower align.learning_rate (now "
             f"{align.learning_rate:g}), or raise align.beta or align.nll_weight"
         )

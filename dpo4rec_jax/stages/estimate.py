@@ -28,7 +28,7 @@ from dpo4rec_jax.stages.plan import Step, has_policy, has_warmup
 from dpo4rec_jax.weights import outline
 from dpo4rec_jax.weights.policy import chat_ids, shapes
 from dpo4rec_jax.weights.tiny import make_tiny
-from dpo4rec_jax.workspace import Workspace
+from dpo4rec_jax.workspace import Workspace, iterate_lines
 
 TOKENISED = 256  # prompts or texts of a kind; their mean stands for all
 LONGEST = 16  # and so many of the longest prompts: caches are sized by the longest
@@ -207,7 +207,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     if not path.is_file() or path.suffix == ".gz":
         return []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in iterate_lines(path)]
         return [line for line in lines if isinstance(line.get("text"), str)]
     except (ValueError, AttributeError):
         return []

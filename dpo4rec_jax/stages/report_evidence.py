@@ -17,7 +17,7 @@ from dpo4rec_jax.config import InputError
 from dpo4rec_jax.data.texts import iterate_records
 from dpo4rec_jax.stages.plan import Step
 from dpo4rec_jax.stages.report_rewards import RewardChange, load_reward_change
-from dpo4rec_jax.workspace import Workspace
+from dpo4rec_jax.workspace import Workspace, iterate_lines
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 NUM_EXAMPLES = 3
@@ -187,7 +187,7 @@ def read_round(path: Path, round: int) -> tuple[TextCounts, dict[str, str]]:
 def read_curves(path: Path) -> CurvesByRound:
     """What stage align logged: steps and values of each figure, by round."""
     curves: CurvesByRound = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for text in iterate_lines(path) if path.exists() else ():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -24,6 +24,7 @@ from dpo4rec_jax.runtime.checkpoint import load_arrays
 from dpo4rec_jax.runtime.progress import Stopped
 from dpo4rec_jax.stages import align
 from dpo4rec_jax.weights import load_policy
+from dpo4rec_jax.workspace import write_jsonl
 
 PAIRS = pair_lines(20)
 
@@ -230,14 +231,14 @@ def test_nan_in_a_row_stops_with_the_batches_and_the_last_good_state(policy, tmp
 
 
 def test_a_policy_that_drifts_or_diverges_is_doubted_with_the_knob():
-    before = {"loss": math.log(2), "rewards/chosen": 0.0}
+    before = {"loss": math.log(2), "logps/chosen": -200.0}
     config = AlignConfig(beta=0.01)
     assert not list(align.doubts(before, before, config))
     assert not list(align.doubts({}, {}, config))
     (worse,) = align.doubts(before, before | {"loss": 0.8}, config)
     assert worse.startswith("the loss of held-out pairs rose from 0.693 to 0.800")
     assert "align.learning_rate (now 1e-05)" in worse
-    (drift,) = align.doubts(before, {"loss": 0.6, "rewards/chosen": -1.5}, config)
+    (drift,) = align.doubts(before, {"loss": 0.6, "logps/chosen": -350.0}, config)
     assert "less likely by 150 nats" in drift and "align.beta" in drift
 
 
@@ -263,6 +264,15 @@ def test_damaged_pairs_are_the_users_one_line(policy, tmp_path, damage, message)
     path.write_text("".join(f"{line}\n" for line in damage(path.read_text().splitlines())))
     with pytest.raises(InputError, match=message):
         align.run(stage)
+
+
+def test_texts_may_hold_what_unicode_calls_line_ends(policy, tmp_path):
+    align_stage(tmp_path, policy, PAIRS)
+    path = tmp_path / "round0" / "prefer" / "pairs.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["chosen"][0]["content"] = "likes\u2028drama\u0085and war"
+    write_jsonl(path, lines)
+    assert len(align.read_pairs(path)) == len(lines)
 
 
 def test_held_out_users_are_held_out_with_all_their_pairs():
