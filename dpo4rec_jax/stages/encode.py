@@ -32,10 +32,10 @@ def run(stage: Stage) -> None:
     counts.json."""
     assert stage.round is not None
     prepared = Prepared.load(stage.workspace.stage_dir("prepare"), prompts=False)
-    work = _Work(stage, encoder_of(stage.config, stage.workspace, stage.round), prepared)
+    work = _Work(stage, encoder_of(stage.config, stage.workspace), prepared)
     user_texts = _texts_of(stage.workspace.stage_dir("reason", stage.round) / "users.jsonl")
     item_texts = _texts_of(stage.workspace.stage_dir("reason", 0) / "items.jsonl")
-    if stage.round == 0 or stage.config.encode.encoder == "policy":
+    if stage.round == 0:
         item_IF = work.items("items", item_texts)
     else:  # a frozen encoder makes the same vectors of the same texts
         item_IF = Knowledge.load(stage.workspace.stage_dir("encode", 0) / "vectors.npz").item_IF
@@ -144,11 +144,12 @@ def _own_share(texts: Sequence[str], histories: Sequence[str] | None) -> list[in
     return [place for place, distinct in owners if distinct % this().count == this().index]
 
 
-def encoder_of(config: Config, workspace: Workspace, round: int) -> Encoder:
-    """What the round's texts were encoded with, or will be."""
+def encoder_of(config: Config, workspace: Workspace) -> Encoder:
+    """What all texts were encoded with, or will be: as the encoder, the policy stays that of round
+    0. Vectors of an aligned one would be another space, told from the old one by no re-ranker."""
     policy, cache_dir = None, config.runtime.cache_dir
     if config.encode.encoder == "policy":
-        path, adapters = workspace.policy_source(config, round)
+        path, adapters = workspace.policy_source(config, 0)
         policy = load_policy(
             path,
             dtype=config.policy.dtype,

@@ -77,12 +77,13 @@ def plan(config: Config) -> list[Step]:
     if has_warmup(config):
         policy = (Step("warmup", None, (prepare,)),)
         steps += policy
+    start = policy  # of round 0, which encodes where the encoder is the policy
     before: dict[str, Step] = {}
     items: tuple[Step, ...] = ()  # texts and vectors of items are those of round 0
     for round in range(config.rounds + 1):
         earlier = (before["reason"],) if round else ()
         reason = Step("reason", round, (prepare, *policy, *earlier))
-        encode = Step("encode", round, (prepare, reason, *policy, *items))
+        encode = Step("encode", round, (prepare, reason, *start, *items))
         items = items or (reason, encode)
         best = (before["prefer"],) if round else ()
         rank = Step("rank", round, (prepare, reason, encode, *best))
@@ -124,9 +125,14 @@ def inputs_of(step: Step, config: Config, workspace: Workspace) -> dict[str, Any
 
     Raises InputError where an upstream step is not complete.
     """
-    sections = {
-        name: getattr(config, name).model_dump(mode="json") for name in SECTIONS[step.stage]
+    read = SECTIONS[step.stage]
+    if step.stage == "encode" and config.encode.encoder == "policy":
+        read = (*read, "policy")
+    sections: dict[str, Any] = {
+        name: getattr(config, name).model_dump(mode="json") for name in read
     }
+    if step.stage == "rank":  # the last round's judges have no folds: nothing is judged by them
+        sections["judges"] = step.round is not None and step.round < config.rounds
     upstream = {}
     for need in step.needs:
         manifest = workspace.manifest(need.stage, need.round)
@@ -151,8 +157,13 @@ def _files(step: Step, config: Config) -> list[str]:
         "prepare": (config.data.path,),
         "warmup": (config.policy.path, config.warmup.texts),
         "reason": (config.policy.path, config.reason.texts),
-        "encode": (config.encode.encoder, config.evaluate.external_texts),
+        "encode": (_encoder_path(config), config.evaluate.external_texts),
         "align": (config.policy.path,),
     }
     named = [path for path in read.get(step.stage, ()) if path is not None]
     return [path for path in named if Path(path).expanduser().exists()]
+
+
+def _encoder_path(config: Config) -> str | None:
+    encoder = config.encode.encoder
+    return config.policy.path if encoder == "policy" else encoder
