@@ -119,8 +119,8 @@ def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Proble
     def draw(data: FitData, key: jax.Array):
         """The text by which each user is shown in this epoch, and the items' attributes."""
         attributes = attribute_tables(config, data.lists.attribute_IAM)
-        if data.lists.count_U is None or user_text != "any":
-            return None, attributes
+        if data.lists.count_U is None or user_text == "first":
+            return None, attributes  # a user with a best text has that one alone
         return drawn_texts(data.lists.count_U, key), attributes
 
     def loss(params, data: FitData, drawn, index_B, key, capacity):

@@ -22,9 +22,10 @@ from dpo4rec_jax.stages.arms import (
     folds_of,
     knowledge_of,
     lists_of,
+    reranker_config,
     shuffled_users,
 )
-from dpo4rec_jax.stages.fitting import fit_arm
+from dpo4rec_jax.stages.fitting import FitData, fit_arm, problem_of
 from dpo4rec_jax.weights.reranker import load_members, save_members
 from dpo4rec_jax.workspace import Workspace, write_npz
 
@@ -82,6 +83,19 @@ def test_a_fold_member_never_sees_the_lists_of_its_users():
     for seen in (0, SETTINGS.seeds):
         pairs = zip(leaves(plain, seen), leaves(other, seen), strict=True)
         assert any(np.abs(a - b).max() > 0 for a, b in pairs)
+
+
+@pytest.mark.parametrize(("how", "drawn"), [("any", True), ("best", True), ("first", False)])
+def test_texts_are_drawn_but_where_the_first_is_asked_for(how, drawn):
+    """By the best text: in round 0 nothing is scored yet, and all of them serve."""
+    prepared = world.make_prepared()
+    lists = lists_of(prepared, world.make_knowledge(prepared), SETTINGS)
+    data = FitData(lists, jnp.zeros(1, jnp.int32))
+    problem = problem_of(reranker_config(SETTINGS, prepared, lists), "softmax", how)
+    text_U, _ = problem.draw(data, jax.random.key(0))
+    assert (text_U is not None) is drawn
+    if text_U is not None:
+        assert set(text_U[prepared.split_U == TRAIN].tolist()) == set(range(world.SAMPLES))
 
 
 def test_folds_are_a_balanced_partition_of_the_training_users():
