@@ -55,7 +55,8 @@ def load_reranker(
     if not ensemble:
         best = _best_seed(found.file(workspace, round).with_suffix(".json"), members.seeds)
         params_R = members.slice(best, best + 1)
-    lists = lists_of(prepared, knowledge_of(found, prepared), config.rank, config.seed)
+    trained = config.rank.model_copy(update={"ease": members.config.ease})
+    lists = lists_of(prepared, knowledge_of(found, prepared), trained, config.seed)
     return LoadedReranker(
         config=members.config,
         params_R=jax.tree.map(jnp.asarray, params_R),
@@ -66,7 +67,7 @@ def load_reranker(
         item_IF=None if lists.item_IF is None else np.asarray(lists.item_IF),
         windows=windows(prepared) if members.config.reads_windows else None,
         affinity_UI=None if lists.affinity_UI is None else np.asarray(lists.affinity_UI),
-        encoder=partial(encoder_of, config, workspace, round),
+        encoder=partial(encoder_of, config, workspace),
         encode=config.encode,
     )
 
@@ -179,7 +180,7 @@ class LoadedReranker:
                 f"{self.config.list_length}: shorten the list or train with data.list_length"
             )
         user_index = self._users.get(str(user))
-        if user_index is None and (self._reads_users):
+        if user_index is None and self._reads_users:
             raise InputError(f"{where}: unknown user {user!r:.80}; describe it by --texts")
         try:  # ids mostly come as text, and are many
             indices = [*map(self._items.__getitem__, items)]
@@ -193,7 +194,7 @@ class LoadedReranker:
     @property
     def _reads_users(self) -> bool:
         config = self.config
-        return bool(config.user_features) or config.reads_windows or config.affinity
+        return bool(config.user_features) or config.reads_windows or config.ease is not None
 
     def _item_index(self, item: Any, where: str) -> int:
         if not _is_id(item):

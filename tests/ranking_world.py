@@ -120,8 +120,12 @@ def ranked() -> tuple[Workspace, data.Prepared]:
 def finished() -> Workspace:
     """`ranked` with the config that `predict` reads; its encoder makes vectors of their length."""
     workspace, prepared = ranked()
+    write_config(workspace, prepared)
+    return workspace
+
+
+def write_config(workspace: Workspace, prepared: data.Prepared, **sections) -> None:
     features = item_attributes(prepared).shape[1]
     encode = {"encoder": "hashing", "features": features}
-    stage = make_stage(workspace, "evaluate", 1, encode=encode)
+    stage = make_stage(workspace, "evaluate", 1, encode=encode, **sections)
     (workspace.path / "config.yaml").write_text(dump_config(stage.config))
-    return workspace

@@ -14,6 +14,7 @@ from dpo4rec_jax import predict
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models.lists import score_batch
 from dpo4rec_jax.serving import load_reranker
+from dpo4rec_jax.stages import rank
 from dpo4rec_jax.stages.arms import arms_of, knowledge_of, lists_of
 from dpo4rec_jax.weights.reranker import load_members
 
@@ -64,6 +65,24 @@ def test_ensemble_is_the_mean_over_seeds_and_the_last_round_is_the_default(finis
     np.testing.assert_allclose(scores[0], np.mean(seeds, axis=0), atol=1e-5)
 
 
+def test_affinities_are_those_that_it_was_trained_with(tmp_path):
+    """Whatever the config says since; a new user and a new item fit nothing."""
+    prepared = world.make_prepared()
+    workspace = world.make_workspace(tmp_path, prepared, rounds=0)
+    sections = {"rounds": 0, "rank": {**world.RANK, "seeds": 1, "ease": 20.0}}
+    stage = world.make_stage(workspace, "rank", 0, **sections)
+    rank.run(stage)
+    world.write_config(workspace, prepared, rounds=0)
+    rows = [3, 0, 77]
+    loaded = load_reranker(workspace.path)
+    scores = loaded.score(raw_lists(prepared, rows))
+    expected = expected_scores(stage, prepared, "kar", rows, 0)
+    np.testing.assert_allclose(np.stack(scores), expected, atol=1e-5)
+    loaded.describe(users={"new user": "likes drama"}, items={"new item": "a drama of the 1960s"})
+    np.testing.assert_allclose(loaded.score(raw_lists(prepared, [77]))[0], scores[2], atol=1e-5)
+    assert np.isfinite(loaded.score([{"user": "new user", "items": ["new item", "i1"]}])[0]).all()
+
+
 def test_lists_of_any_length_and_any_number(finished):
     stage, prepared = finished
     loaded = load_reranker(stage.workspace.path)
@@ -89,6 +108,10 @@ def test_new_users_and_items_are_scored_by_their_texts(finished):
     np.testing.assert_allclose(loaded.score([known])[0], before, atol=1e-5)
     loaded.describe(users={"new user": "hates everything, above all westerns"})
     assert np.abs(loaded.score(lists)[0] - likes_drama).max() > 1e-5
+
+
+def test_the_command_hands_on_what_loads():
+    assert predict.load_reranker is load_reranker
 
 
 def test_command_reads_and_writes_lines(finished, tmp_path, capsys):

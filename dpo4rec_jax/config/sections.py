@@ -193,7 +193,7 @@ class RankConfig(Section):
         None,
         "ridge of a regression among items (EASE), whose say on a candidate from what the user "
         "liked in the window joins the score; null: none",
-        gt=0.0,
+        ge=1.0,
     )
     negatives: Literal["redrawn", "prepared"] = field(
         "redrawn",

@@ -23,7 +23,7 @@ SEQUENCES = ("offset_U1", "item_E", "rating_E", "time_E", "window_U", "split_U")
 LISTS = ("user_L", "item_LN", "label_LN", "mask_LN")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # itself alone: what is made of it is kept by it
 class Prepared:
     """One data set, indexed: user u is `user_id[u]`, item i is `item_id[i]`.
 

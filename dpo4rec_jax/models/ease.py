@@ -19,46 +19,39 @@ BLOCK = 1024  # users at once
 
 
 def affinities(
-    liked_UI: Bool[np.ndarray, "U I"],
-    window_UI: Bool[np.ndarray, "U I"],
-    train_U: Bool[np.ndarray, " U"],
-    ridge: float,
+    liked_UI: Bool[np.ndarray, "U I"], window_UI: Bool[np.ndarray, "U I"], ridge: float
 ) -> Float32[np.ndarray, "U I"]:
     """How well every item fits the mean of what each user likes in his window, of deviation 1 over
     users and items; 0 for a user who likes nothing there.
 
-    Learned from `liked_UI` of the users in `train_U`. Memory: three floats a user and item, and
-    three for every two items.
+    `liked_UI` are the likes to learn from: rows of users who do not train are False. Not finite
+    where the ridge is too small for float32. Memory: a float a user and item, four for two items.
     """
     users, items = liked_UI.shape
+    fit_UI = np.empty((users, items), np.float32)
     blocks = [slice(at, at + BLOCK) for at in range(0, users, BLOCK)]
     gram_II = jnp.diag(jnp.full(items, ridge, jnp.float32))
     for block in blocks:
-        gram_II = _add(gram_II, jnp.asarray((liked_UI & train_U[:, None])[block], jnp.float32))
+        gram_II = _add(gram_II, jnp.asarray(liked_UI[block], jnp.float32))
     inverse_II = _inverse(gram_II)
-    fit_UI = np.concatenate(
-        [
-            _fit(
-                inverse_II,
-                jnp.asarray(liked_UI[block], jnp.float32),
-                jnp.asarray(window_UI[block], jnp.float32),
-                jnp.asarray(train_U[block]),
-            )
-            for block in blocks
-        ]
-    )
-    return fit_UI / max(float(fit_UI.std()), 1e-12)
+    for block in blocks:
+        liked_BI = jnp.asarray(liked_UI[block], jnp.float32)
+        fit_UI[block] = _fit(inverse_II, liked_BI, jnp.asarray(window_UI[block], jnp.float32))
+    if deviation := float(fit_UI.std()):
+        fit_UI /= deviation
+    return fit_UI
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _add(gram_II: jax.Array, liked_BI: jax.Array) -> jax.Array:
-    return gram_II + liked_BI.T @ liked_BI
+    return gram_II + liked_BI.T @ liked_BI  # zeros and ones: exact in any precision
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=0)
 def _inverse(gram_II: Float[jax.Array, "I I"]) -> Float[jax.Array, "I I"]:
-    factor = jax.scipy.linalg.cho_factor(gram_II, lower=True)
-    return jax.scipy.linalg.cho_solve(factor, jnp.eye(len(gram_II), dtype=gram_II.dtype))
+    with jax.default_matmul_precision("highest"):
+        factor = jax.scipy.linalg.cho_factor(gram_II, lower=True)
+        return jax.scipy.linalg.cho_solve(factor, jnp.eye(len(gram_II), dtype=gram_II.dtype))
 
 
 @jax.jit
@@ -66,13 +59,12 @@ def _fit(
     inverse_II: Float[jax.Array, "I I"],
     liked_BI: Float[jax.Array, "B I"],
     window_BI: Float[jax.Array, "B I"],
-    held_B: Bool[jax.Array, " B"],
 ) -> Float[jax.Array, "B I"]:
-    """Scores by the regression, without the user's own row of X where it holds one."""
+    """Scores by the regression without the user's own row of X."""
     with jax.default_matmul_precision("highest"):
         own_BI = liked_BI @ inverse_II
         sum_BI = window_BI @ inverse_II
-    removed_B1 = (held_B / (1.0 - (liked_BI * own_BI).sum(-1)))[:, None]
+    removed_B1 = 1.0 / (1.0 - (liked_BI * own_BI).sum(-1, keepdims=True))
     diagonal_BI = jnp.diagonal(inverse_II)[None] + removed_B1 * own_BI**2
     sum_BI += removed_B1 * (window_BI * own_BI).sum(-1, keepdims=True) * own_BI
     sum_BI -= window_BI * diagonal_BI  # no item speaks for itself

@@ -42,8 +42,8 @@ class RerankerConfig:
 
     `list_length` matters to PRM alone, whose positions are learned. `history` adds to a candidate
     what it finds in the user's window, whatever the backbone; `match` adds to a score how well the
-    texts match, where there are both; `affinity` adds how well each candidate fits what the user
-    liked (`ease.affinities`).
+    texts match, where there are both; `ease`, a ridge, adds how well each candidate fits what
+    the user liked (`ease.affinities`).
     """
 
     backbone: str
@@ -58,7 +58,7 @@ class RerankerConfig:
     user_dropout: float = 0.0
     history: bool = False
     match: bool = False
-    affinity: bool = False
+    ease: float | None = None
 
     @property
     def adapts(self) -> bool:
@@ -146,7 +146,7 @@ class Reranker(nn.Module):
             self.history = TargetAttention()
         if config.matches:
             self.match = MatchScore()
-        if config.affinity:
+        if config.ease is not None:
             self.affinity = self.param("affinity", nn.initializers.zeros_init(), ())
         if reads_history(config.backbone):
             self.rating_embed = nn.Embed(RATINGS, config.embedding, embedding_init=init)
@@ -174,7 +174,7 @@ class Reranker(nn.Module):
         )
         if self.config.matches:
             score_BN += self.match(*match)
-        if self.config.affinity:
+        if self.config.ease is not None:
             score_BN += self.affinity * affinity_BN
         return score_BN
 

@@ -18,6 +18,7 @@ from dpo4rec_jax.models.lists import Lists
 from dpo4rec_jax.models.llama import LlamaConfig
 from dpo4rec_jax.runtime import fit
 from dpo4rec_jax.stages import fitting
+from dpo4rec_jax.stages.affinities import check_size
 from dpo4rec_jax.stages.arms import lists_in, lists_of, reranker_config
 from dpo4rec_jax.weights.hf_config import read_json
 from dpo4rec_jax.weights.huggingface import find_directory
@@ -84,8 +85,11 @@ def epoch(
 
 def _lists(config: Config, prepared: Prepared, features: int) -> Lists:
     """Lists with the knowledge of `reason.samples` texts a user, of which only the shape exists."""
-    lists = lists_of(prepared, None, config.rank)
+    lists = lists_of(prepared, None, config.rank.model_copy(update={"ease": None}))
     users, items = len(prepared.user_id), len(prepared.item_id)
+    if config.rank.ease is not None:
+        check_size(prepared)
+        lists = replace(lists, affinity_UI=jax.ShapeDtypeStruct((users, items), jnp.float32))
     if config.rank.knowledge != "item":
         shape_UCF = (users, config.reason.samples, features)
         lists = replace(

@@ -12,18 +12,16 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 
 from dpo4rec_jax.config import Config, InputError, RankConfig
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
-from dpo4rec_jax.models import ease
 from dpo4rec_jax.models.backbones import reads_history
 from dpo4rec_jax.models.lists import Lists
 from dpo4rec_jax.models.reranker import RerankerConfig
+from dpo4rec_jax.stages.affinities import affinities_of
 from dpo4rec_jax.workspace import Workspace
-
-AFFINITY_BYTES = 8 * 2**30  # at the most, of a float a user and item, and three for two items
 
 
 @dataclass(frozen=True)
@@ -89,18 +87,24 @@ def lists_of(
         past_UH, rating_UH = windows(prepared)
         lists = replace(lists, past_UH=jnp.asarray(past_UH), rating_UH=jnp.asarray(rating_UH))
     if rank.ease is not None:
-        lists = replace(lists, affinity_UI=jnp.asarray(affinities(prepared, rank.ease)))
+        lists = replace(lists, affinity_UI=jnp.asarray(affinities_of(prepared, rank.ease)))
     if knowledge is None:
         return lists
     user_UCF, count_U, item_IF = knowledge.user_UCF, knowledge.count_U, knowledge.item_IF
-    if rank.knowledge == "shuffled":
-        other_U = shuffled_users(prepared.split_U, seed)
-        user_UCF, count_U = user_UCF[other_U], count_U[other_U]
+    owner_U = owners(prepared, rank, seed)
+    user_UCF, count_U = user_UCF[owner_U], count_U[owner_U]
     if rank.knowledge != "item":
         lists = replace(lists, user_UCF=jnp.asarray(user_UCF), count_U=jnp.asarray(count_U))
     if rank.knowledge != "user":
         lists = replace(lists, item_IF=jnp.asarray(item_IF))
     return lists
+
+
+def owners(prepared: Prepared, rank: RankConfig, seed: int) -> Int32[np.ndarray, " U"]:
+    """Whose texts each user is shown by: his own, or with `shuffled` another's."""
+    if rank.knowledge == "shuffled":
+        return shuffled_users(prepared.split_U, seed)
+    return np.arange(len(prepared.user_id), dtype=np.int32)
 
 
 def windows(
@@ -115,25 +119,6 @@ def windows(
     stars_UH = np.nan_to_num(np.clip(np.rint(prepared.rating_E[event_UH]), 1, 5), nan=0.0)
     past_UH = np.where(real_UH, prepared.item_E[event_UH], 0)
     return past_UH.astype(np.int32), np.where(real_UH, stars_UH, -1).astype(np.int32)
-
-
-def affinities(prepared: Prepared, ridge: float) -> Float32[np.ndarray, "U I"]:
-    """How well every item fits what each user liked in the window, learned from the windows and
-    lists of training users. Raises InputError for what no memory would hold."""
-    shape = users, items = len(prepared.user_id), len(prepared.item_id)
-    if (size := 4 * items * (users + 3 * items)) > AFFINITY_BYTES:
-        raise InputError(
-            f"rank.ease: expected at most {AFFINITY_BYTES / 2**30:.0f} GiB, got {size / 2**30:.0f} "
-            f"for {users} users and {items} items; leave it null"
-        )
-    place = {item: index for index, item in enumerate(prepared.item_id)}
-    window_UI, liked_UI = np.zeros(shape, bool), np.zeros(shape, bool)
-    for window_I, user in zip(window_UI, prepared.users, strict=True):
-        window_I[[place[item] for item in user["likes"]]] = True
-    list_L, at_L = np.nonzero(prepared.mask_LN & (prepared.label_LN > 0))
-    liked_UI[prepared.user_L[list_L], prepared.item_LN[list_L, at_L]] = True
-    train_U = prepared.split_U == TRAIN
-    return ease.affinities(liked_UI | window_UI, window_UI, train_U, ridge)
 
 
 def shuffled_users(split_U: np.ndarray, seed: int) -> Int32[np.ndarray, " U"]:
@@ -160,7 +145,7 @@ def reranker_config(rank: RankConfig, prepared: Prepared, lists: Lists) -> Reran
         user_dropout=rank.user_dropout,
         history=rank.history,
         match=rank.match,
-        affinity=rank.ease is not None,
+        ease=rank.ease,
     )
 
 

@@ -16,7 +16,7 @@ from dpo4rec_jax.data.prepared import TEST, TRAIN, VALIDATION, Prepared
 from dpo4rec_jax.models.lists import Lists, map_lists
 from dpo4rec_jax.models.reranker import RerankerConfig
 from dpo4rec_jax.objectives import average_precision, ndcg
-from dpo4rec_jax.stages.arms import arms_of, judge_name, knowledge_of, lists_in, lists_of
+from dpo4rec_jax.stages.arms import arms_of, judge_name, knowledge_of, lists_in, lists_of, owners
 from dpo4rec_jax.stages.judging import judge
 from dpo4rec_jax.weights.reranker import load_members
 from dpo4rec_jax.workspace import Stage, write_json, write_npz
@@ -95,6 +95,7 @@ def _alignment(stage: Stage, prepared: Prepared) -> dict[str, Any]:
         lists = lists_of(prepared, seen, config.rank, config.seed)
         for split, suffix in ((TRAIN, ""), (VALIDATION, "_validation")):
             rewards = judge(members, lists, lists_in(prepared, split), fold_U, config.prefer.k)
+            rewards = rewards.by_owner(owners(prepared, config.rank, config.seed))
             reward_UC = rewards.logp_UC if by_likelihood else rewards.ndcg_UC
             found[f"reward_mean{suffix}_{name}"] = _mean(reward_UC, rewards.mask_UC)
             if split == TRAIN:

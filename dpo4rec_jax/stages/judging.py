@@ -34,6 +34,13 @@ class Rewards:
     logp_UC: Float64[np.ndarray, "U C"]
     mask_UC: Bool[np.ndarray, "U C"]
 
+    def by_owner(self, owner_U: Int32[np.ndarray, " V"]) -> Rewards:
+        """The same of the users whose texts they are, where user u was shown by `owner_U[u]`'s."""
+        user_U = owner_U[self.user_U]
+        order_U = np.argsort(user_U)
+        rest = (self.ndcg_UC, self.logp_UC, self.mask_UC)
+        return Rewards(user_U[order_U], *(value_UC[order_U] for value_UC in rest))
+
 
 def judge(
     members: Members,

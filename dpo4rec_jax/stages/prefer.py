@@ -17,7 +17,7 @@ import numpy as np
 from dpo4rec_jax.config import Config, InputError, PreferConfig
 from dpo4rec_jax.data.prepared import TRAIN, Prepared
 from dpo4rec_jax.data.texts import TextRecord, read_records
-from dpo4rec_jax.stages.arms import arms_of, judge_name, knowledge_of, lists_in, lists_of
+from dpo4rec_jax.stages.arms import arms_of, judge_name, knowledge_of, lists_in, lists_of, owners
 from dpo4rec_jax.stages.judging import Rewards, judge
 from dpo4rec_jax.weights.reranker import load_members
 from dpo4rec_jax.workspace import Stage, write_jsonl, write_npz
@@ -73,6 +73,11 @@ def _judged(stage: Stage, prepared: Prepared) -> Rewards:
     members = load_members(arm.file(workspace, stage.round))
     with np.load(workspace.stage_dir("rank", stage.round) / "fold.npz", allow_pickle=False) as file:
         fold_U = file["fold_U"]
+    if stage.config.prefer.folds > 1 and not members.folds:
+        raise InputError(
+            f"{arm.file(workspace, stage.round)}: expected {stage.config.prefer.folds} folds for "
+            "cross-fitting, got none; run stage rank again"
+        )
     lists = lists_of(prepared, knowledge_of(arm, prepared), stage.config.rank, stage.config.seed)
     if lists.user_UCF is None:
         raise InputError(
@@ -81,7 +86,8 @@ def _judged(stage: Stage, prepared: Prepared) -> Rewards:
         )
     index_L = lists_in(prepared, TRAIN)
     with stage.progress.track("judge texts", len(index_L), "lists") as task:
-        return judge(members, lists, index_L, fold_U, stage.config.prefer.k, task.advance)
+        rewards = judge(members, lists, index_L, fold_U, stage.config.prefer.k, task.advance)
+    return rewards.by_owner(owners(prepared, stage.config.rank, stage.config.seed))
 
 
 def texts_by_user(records: list[TextRecord], prepared: Prepared) -> dict[int, list[TextRecord]]:

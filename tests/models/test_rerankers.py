@@ -30,7 +30,7 @@ SIZES = (5, 100)  # one attribute by multi-hot rows, one by lookup
 def make(backbone: str, knowledge: bool = True, **changes: Any):
     """A config, parameters of ordinary size (biases too), and lists with padding."""
     features = FEATURES if knowledge else 0
-    config = RerankerConfig(backbone, ITEMS, SIZES, N, features, features, match=True)
+    config = RerankerConfig(backbone, ITEMS, SIZES, N, features, features, match=True, ease=9.0)
     config = replace(config, **changes)
     shapes = jax.eval_shape(lambda: reranker.init(config, jax.random.key(0)))
     random = np.random.default_rng(0)
@@ -57,6 +57,7 @@ def make_lists(knowledge: bool = True) -> Lists:
         mask_LN=jnp.asarray(np.arange(N)[None] < random.integers(3, N + 1, LISTS)[:, None]),
         attribute_IAM=jnp.asarray(attribute, jnp.int32),
         past_UH=jnp.asarray(random.integers(0, ITEMS, (4, PAST)), jnp.int32),
+        affinity_UI=jnp.asarray(random.normal(size=(4, ITEMS)), jnp.float32),
         rating_UH=jnp.asarray([[1, 2, 3, 4, 5], [5, 0, -1, -1, -1], [3, 3, 3, -1, -1], [4] * 5]),
         **(vectors if knowledge else {}),
     )

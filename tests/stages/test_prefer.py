@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -17,10 +19,10 @@ from dpo4rec_jax.data.texts import TextRecord
 from dpo4rec_jax.models.lists import score_batch
 from dpo4rec_jax.objectives import log_likelihood, ndcg
 from dpo4rec_jax.stages import prefer
-from dpo4rec_jax.stages.arms import arms_of, knowledge_of, lists_in, lists_of
+from dpo4rec_jax.stages.arms import arms_of, knowledge_of, lists_in, lists_of, shuffled_users
 from dpo4rec_jax.stages.judging import Rewards, judge
 from dpo4rec_jax.stages.prefer import choose_pairs
-from dpo4rec_jax.weights.reranker import load_members
+from dpo4rec_jax.weights.reranker import load_members, save_members
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,34 @@ def test_texts_of_other_users_earn_less_than_their_own():
         for how in ("both", "shuffled")
     )
     assert own.logp_UC[:, 0].mean() > others.logp_UC[:, 0].mean()
+
+
+def test_a_text_shown_for_someone_else_makes_the_pairs_of_its_owner():
+    workspace, prepared = world.ranked()
+    stage = world.make_stage(workspace, "prefer", 0, rank=world.RANK | {"knowledge": "shuffled"})
+    found = prefer._judged(stage, prepared)
+    arm = arms_of(stage.config, workspace, 0)[1]
+    members = load_members(arm.file(workspace, 0))
+    fold_U = np.load(workspace.stage_dir("rank", 0) / "fold.npz")["fold_U"]
+    lists = lists_of(prepared, knowledge_of(arm, prepared), stage.config.rank, stage.config.seed)
+    shown = judge(members, lists, lists_in(prepared, TRAIN), fold_U, stage.config.prefer.k)
+    owner_U = shuffled_users(prepared.split_U, stage.config.seed)
+    for row, user in enumerate(shown.user_U.tolist()):
+        (at,) = np.flatnonzero(found.user_U == owner_U[user])
+        np.testing.assert_array_equal(found.logp_UC[at], shown.logp_UC[row])
+    assert (np.diff(found.user_U) > 0).all()
+
+
+def test_judges_without_folds_are_refused_where_folds_are_asked_for(tmp_path):
+    finished, prepared = world.ranked()
+    workspace = world.make_workspace(tmp_path, prepared)
+    source, target = (one.stage_dir("rank", 0) for one in (finished, workspace))
+    shutil.copytree(source, target)
+    members = load_members(target / "kar.safetensors")
+    without = dataclasses.replace(members, params_R=members.seed_params, folds=0)
+    save_members(target / "kar.safetensors", without)
+    with pytest.raises(InputError, match=r"expected 2 folds .* got none; run stage rank again"):
+        prefer.run(world.make_stage(workspace, "prefer", 0))
 
 
 def rewards(ndcg_UC, logp_UC=None, mask_UC=None) -> Rewards:
