@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo4rec_jax.command import exit_status
-from dpo4rec_jax.config import Config, InputError, load_config
+from dpo4rec_jax.config import Config, InputError
 from dpo4rec_jax.workspace import Workspace, write_safetensors
 
 
@@ -42,13 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(options: argparse.Namespace) -> None:
     """Raises InputError where the workspace lacks what is asked for."""
     workspace = Workspace(Path(options.workdir))
-    config_path = workspace.path / "config.yaml"
-    if not config_path.exists():
-        raise InputError(
-            f"{workspace.path}: expected the workspace of a run, got no config.yaml; check "
-            "--workdir"
-        )
-    config = load_config(config_path)
+    config = workspace.config()
     what = FORMATS[options.format](config, workspace, Path(options.to), options.dtype)
     print(f"{what}: {options.to}")
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from dpo4rec_jax.config import Config, EncodeConfig, InputError, load_config
+from dpo4rec_jax.config import Config, EncodeConfig, InputError
 from dpo4rec_jax.data.prepared import Prepared
 from dpo4rec_jax.models import reranker
 from dpo4rec_jax.models.reranker import RerankerConfig
@@ -41,13 +41,7 @@ def load_reranker(
     Raises InputError where the workspace is not one or has no such arm.
     """
     workspace = Workspace(Path(workdir))
-    config_path = workspace.path / "config.yaml"
-    if not config_path.exists():
-        raise InputError(
-            f"{workspace.path}: expected the workspace of a run, got no config.yaml; check "
-            "--workdir"
-        )
-    config = load_config(config_path)
+    config = workspace.config()
     round, found = _find_arm(config, workspace, arm)
     prepared = Prepared.load(workspace.stage_dir("prepare"), prompts=False)
     members = load_members(found.file(workspace, round))

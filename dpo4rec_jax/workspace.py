@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dpo4rec_jax import __version__
-from dpo4rec_jax.config import Config, InputError, dump_config
+from dpo4rec_jax.config import Config, InputError, dump_config, load_config
 from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress
 
@@ -83,6 +83,15 @@ class Workspace:
             return manifest
         except (ValueError, AttributeError, AssertionError):
             raise InputError(f"{path}: damaged; {rerun(name, round)}") from None
+
+    def config(self) -> Config:
+        """What the run that lies here was configured as. Raises InputError where there is none."""
+        path = self.path / "config.yaml"
+        if not path.exists():
+            raise InputError(
+                f"{self.path}: expected the workspace of a run, got no config.yaml; check --workdir"
+            )
+        return load_config(path)
 
     def policy_source(self, config: Config, round: int) -> tuple[str, tuple[Path, ...]]:
         """Where round r's policy lies: a path for `load_policy`, and the adapters to merge."""

@@ -91,8 +91,9 @@ def lists_of(
     if knowledge is None:
         return lists
     user_UCF, count_U, item_IF = knowledge.user_UCF, knowledge.count_U, knowledge.item_IF
-    owner_U = owners(prepared, rank, seed)
-    user_UCF, count_U = user_UCF[owner_U], count_U[owner_U]
+    if rank.knowledge == "shuffled":
+        owner_U = owners(prepared, rank, seed)
+        user_UCF, count_U = user_UCF[owner_U], count_U[owner_U]
     if rank.knowledge != "item":
         lists = replace(lists, user_UCF=jnp.asarray(user_UCF), count_U=jnp.asarray(count_U))
     if rank.knowledge != "user":
