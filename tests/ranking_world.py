@@ -24,7 +24,14 @@ from dpo4rec_jax.workspace import Stage, Workspace
 
 SAMPLES = 3
 USERS = 80
-RANK = {"backbone": "prm", "adaptor": "mlp", "seeds": 2, "epochs": 3, "batch_lists": 64}
+RANK = {
+    "backbone": "prm",
+    "adaptor": "mlp",
+    "seeds": 2,
+    "epochs": 3,
+    "batch_lists": 64,
+    "learning_rate": 5e-3,
+}
 PREFER = {"folds": 2}
 
 

@@ -199,6 +199,16 @@ class RankConfig(Section):
         "redrawn",
         "sampled candidates of training lists: drawn anew each epoch, or as prepare drew them",
     )
+    cuts: Literal["redrawn", "prepared"] = field(
+        "redrawn",
+        "where a training user's interactions are cut into lists: elsewhere each epoch, or as "
+        "prepare cut them",
+    )
+    item_init: Literal["cooccurrence", "random"] = field(
+        "cooccurrence",
+        "item embeddings begin as the spectrum of which items training users met together, or at "
+        "random",
+    )
     match: bool = field(
         True, "a score holds how well the texts of user and item match, where both have texts"
     )

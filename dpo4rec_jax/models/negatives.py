@@ -17,6 +17,7 @@ from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Int
 
+from dpo4rec_jax.models.cuts import interactions
 from dpo4rec_jax.models.lists import Lists
 
 
@@ -43,10 +44,7 @@ def unmet_of(
 ) -> Unmet:
     """From all interactions, in any order. An item of a list that its user never met was drawn."""
     key_E = np.unique(user_E.astype(np.int64) * num_items + item_E)
-    user_L, item_LN = np.asarray(lists.user_L), np.asarray(lists.item_LN)
-    key_LN = user_L[:, None].astype(np.int64) * num_items + item_LN
-    at_LN = np.searchsorted(key_E, key_LN)
-    met_LN = np.take(key_E, at_LN, mode="clip") == key_LN
+    met_LN = interactions(user_E, item_E, num_items, lists) >= 0
     users = int(user_E.max()) + 1
     offset_U1 = np.searchsorted(key_E, np.arange(users + 1) * np.int64(num_items))
     return Unmet(

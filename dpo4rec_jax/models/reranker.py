@@ -32,6 +32,8 @@ from dpo4rec_jax.models.history import RATINGS, TargetAttention
 # ones by lookup. The gradient of a lookup is a scatter, slow on every backend.
 MULTI_HOT = 64
 
+DEVIATION = 0.1  # of embeddings, to begin with
+
 Params = Mapping[str, Any]
 
 
@@ -133,7 +135,7 @@ class Reranker(nn.Module):
 
     def setup(self):
         config = self.config
-        init = nn.initializers.normal(0.1)
+        init = nn.initializers.normal(DEVIATION)
         self.item_embed = nn.Embed(config.num_items, config.embedding, embedding_init=init)
         self.attribute_embed = [
             nn.Embed(size, config.embedding, embedding_init=init) for size in config.attribute_sizes

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from dpo4rec_jax.config import InputError, RankConfig
 from dpo4rec_jax.data.prepared import TRAIN, VALIDATION, Prepared
 from dpo4rec_jax.models import reranker
+from dpo4rec_jax.models.cooccurrence import spectrum
+from dpo4rec_jax.models.cuts import Met, cut_anew, interactions, met_of
 from dpo4rec_jax.models.lists import Lists, count_distinct, map_lists, score_batch
 from dpo4rec_jax.models.negatives import Unmet, redrawn, unmet_of
 from dpo4rec_jax.models.reranker import RerankerConfig, attribute_tables
@@ -35,6 +37,7 @@ class FitData:
     lists: Lists
     validation_V: jax.Array  # indices of the lists to select on
     unmet: Unmet | None = None  # what negatives are drawn from anew, None: they stay
+    met: Met | None = None  # what lists are cut from anew, None: they stay
 
 
 def fit_arm(
@@ -64,11 +67,17 @@ def fit_arm(
 
     key = jax.random.key(seed)
     params_R = first_params(config, seed, rank.seeds + folds)
-    data = FitData(lists, jnp.asarray(lists_in(prepared, VALIDATION)))
-    if rank.negatives == "redrawn":
-        user_E = np.repeat(np.arange(len(prepared.user_id)), np.diff(prepared.offset_U1))
-        choice = unmet_of(user_E, prepared.item_E, len(prepared.item_id), lists, train_L, seed)
-        data = replace(data, unmet=choice)
+    user_E = np.repeat(np.arange(len(prepared.user_id)), np.diff(prepared.offset_U1))
+    sequences = user_E, prepared.item_E, len(prepared.item_id), lists
+    met = met_of(interactions(*sequences), lists, train_L, seed)
+    if rank.item_init == "cooccurrence":
+        params_R = with_spectra(params_R, met, draws_RL, prepared.user_L)
+    data = FitData(
+        lists,
+        jnp.asarray(lists_in(prepared, VALIDATION)),
+        unmet_of(*sequences, train_L, seed) if rank.negatives == "redrawn" else None,
+        met if rank.cuts == "redrawn" else None,
+    )
     fitted = fit(
         problem_of(config, rank.loss, rank.user_text),
         params_R,
@@ -96,6 +105,28 @@ def first_params(config: RerankerConfig, seed: int, members: int) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(init(key) for key in keys))
 
 
+def with_spectra(
+    params_R: Any,
+    met: Met,
+    draws_RL: Bool[np.ndarray, "R L"],
+    user_L: Int32[np.ndarray, " L"],
+) -> Any:
+    """The members with item embeddings that begin where `spectrum` puts the items, by what was met
+    by the users whose lists each member may see. Dimensions beyond it stay as they are."""
+    table_RID = np.array(params_R["item_embed"]["embedding"])
+    user_P, item_P = np.asarray(met.user_P), np.asarray(met.item_P)
+    spectra: dict[bytes, np.ndarray] = {}
+    for table_ID, draws_L in zip(table_RID, draws_RL, strict=True):
+        key = draws_L.tobytes()
+        if key not in spectra:
+            seen_P = np.isin(user_P, user_L[draws_L])
+            items, size = table_ID.shape
+            point_ID = spectrum(user_P[seen_P], item_P[seen_P], items, size, met.most)
+            spectra[key] = reranker.DEVIATION * point_ID
+        table_ID[:, : spectra[key].shape[1]] = spectra[key]
+    return {**params_R, "item_embed": {"embedding": jnp.asarray(table_RID)}}
+
+
 def schedule_of(rank: RankConfig) -> Schedule:
     return Schedule(
         epochs=rank.epochs,
@@ -111,9 +142,11 @@ def problem_of(config: RerankerConfig, loss_kind: str, user_text: str) -> Proble
     """The loss of a batch of lists and the validation ndcg@5, as functions of one member."""
 
     def refresh(data: FitData, epoch: np.int32) -> FitData:
-        if data.unmet is None:
-            return data
-        lists = redrawn(data.lists, data.unmet, config.num_items, epoch)
+        lists = data.lists
+        if data.met is not None:
+            lists = cut_anew(lists, data.met, epoch)
+        if data.unmet is not None:
+            lists = redrawn(lists, data.unmet, config.num_items, epoch)
         return replace(data, lists=lists)
 
     def draw(data: FitData, key: jax.Array):
