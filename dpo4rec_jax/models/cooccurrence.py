@@ -63,12 +63,12 @@ def _neighbours(
 def _information(count: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
     """Symmetric positive pointwise mutual information, nats."""
     pair = count.tocoo()
-    total_I = np.asarray(count.sum(axis=1)).reshape(-1)
-    smooth_I = total_I**SMOOTHING / max((total_I**SMOOTHING).sum(), 1e-300)
     row, column = pair.coords
-    information = np.log(pair.data / (total_I[row] * smooth_I[column]))
-    weight = scipy.sparse.coo_array((np.maximum(information, 0.0), (row, column)), count.shape)
-    both = weight.tocsr()
-    both = scipy.sparse.csr_array((both + both.T) / 2.0)
+    total_I = np.asarray(count.sum(axis=1)).reshape(-1)
+    share_I = total_I**SMOOTHING
+    share_I /= max(share_I.sum(), 1.0)  # without neighbours there is nothing to share
+    information = np.maximum(np.log(pair.data / (total_I[row] * share_I[column])), 0.0)
+    weight = scipy.sparse.csr_array((information, (row, column)), shape=count.shape)
+    both = scipy.sparse.csr_array((weight + weight.T) / 2.0)
     both.eliminate_zeros()
     return both

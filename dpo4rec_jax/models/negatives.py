@@ -17,7 +17,6 @@ from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Int
 
-from dpo4rec_jax.models.cuts import interactions
 from dpo4rec_jax.models.lists import Lists
 
 
@@ -39,18 +38,19 @@ def unmet_of(
     item_E: Int[np.ndarray, " E"],
     num_items: int,
     lists: Lists,
+    event_LN: Int[np.ndarray, "L N"],
     redrawn_L: Bool[np.ndarray, " L"],
     seed: int,
 ) -> Unmet:
-    """From all interactions, in any order. An item of a list that its user never met was drawn."""
+    """From all interactions, in any order; a candidate that is none of them (`cuts.interactions`)
+    was drawn."""
     key_E = np.unique(user_E.astype(np.int64) * num_items + item_E)
-    met_LN = interactions(user_E, item_E, num_items, lists) >= 0
     users = int(user_E.max()) + 1
     offset_U1 = np.searchsorted(key_E, np.arange(users + 1) * np.int64(num_items))
     return Unmet(
         met_E=jnp.asarray((key_E % num_items).astype(np.int32)),
         offset_U1=jnp.asarray(offset_U1.astype(np.int32)),
-        sampled_LN=jnp.asarray(np.asarray(lists.mask_LN) & ~met_LN & redrawn_L[:, None]),
+        sampled_LN=jnp.asarray(np.asarray(lists.mask_LN) & (event_LN < 0) & redrawn_L[:, None]),
         redrawn_L=jnp.asarray(redrawn_L),
         seed=jnp.uint32(seed),
     )

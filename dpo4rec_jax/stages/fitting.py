@@ -69,13 +69,14 @@ def fit_arm(
     params_R = first_params(config, seed, rank.seeds + folds)
     user_E = np.repeat(np.arange(len(prepared.user_id)), np.diff(prepared.offset_U1))
     sequences = user_E, prepared.item_E, len(prepared.item_id), lists
-    met = met_of(interactions(*sequences), lists, train_L, seed)
+    event_LN = interactions(*sequences)
+    met = met_of(event_LN, lists, train_L, seed)
     if rank.item_init == "cooccurrence":
         params_R = with_spectra(params_R, met, draws_RL, prepared.user_L)
     data = FitData(
         lists,
         jnp.asarray(lists_in(prepared, VALIDATION)),
-        unmet_of(*sequences, train_L, seed) if rank.negatives == "redrawn" else None,
+        unmet_of(*sequences, event_LN, train_L, seed) if rank.negatives == "redrawn" else None,
         met if rank.cuts == "redrawn" else None,
     )
     fitted = fit(

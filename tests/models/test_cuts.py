@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_lists import random_lists
 
-from dpo4rec_jax.data.lists import build_lists
 from dpo4rec_jax.models.cuts import cut_anew, interactions, met_of
 from dpo4rec_jax.models.lists import Lists
 
@@ -16,26 +16,12 @@ USERS, ITEMS, LENGTH, WINDOW, PER_LIST = 30, 60, 9, 2, 4
 
 @pytest.fixture(scope="module")
 def world():
-    """Users who met 3 to 40 of 60 items; the lists of every fourth user stay."""
-    random = np.random.default_rng(0)
-    met = [random.permutation(ITEMS)[: random.integers(3, 41)] for _ in range(USERS)]
-    user_E = np.repeat(np.arange(USERS), [len(items) for items in met])
-    item_E = np.concatenate(met)
-    built = build_lists(
-        user_E,
-        item_E,
-        random.integers(1, 6, len(item_E)).astype(np.float32),
-        np.full(USERS, WINDOW),
-        num_items=ITEMS,
-        list_length=LENGTH,
-        per_list=PER_LIST,
-        threshold=3.0,
-        rng=random,
+    """The lists of every fourth user stay."""
+    lists, met, user_E, item_E = random_lists(
+        USERS, ITEMS, LENGTH, WINDOW, PER_LIST, fewest=3, most=40
     )
-    arrays = {name: jnp.asarray(value) for name, value in vars(built).items()}
-    lists = Lists(**arrays, attribute_IAM=jnp.zeros((ITEMS, 1, 1), jnp.int32))
     event_LN = interactions(user_E, item_E, ITEMS, lists)
-    cut_L = built.user_L % 4 != 0
+    cut_L = np.asarray(lists.user_L) % 4 != 0
     return lists, met, event_LN, cut_L, met_of(event_LN, lists, cut_L, seed=0)
 
 

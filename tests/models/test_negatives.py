@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_lists import random_lists
 
-from dpo4rec_jax.data.lists import build_lists
+from dpo4rec_jax.models.cuts import interactions
 from dpo4rec_jax.models.lists import Lists
 from dpo4rec_jax.models.negatives import redrawn, unmet_of
 
@@ -17,26 +18,12 @@ USERS, ITEMS, LENGTH = 40, 30, 8
 @pytest.fixture(scope="module")
 def world():
     """Users who met 9 to 26 of 30 items, one of them twice; the lists of every fourth stay."""
-    random = np.random.default_rng(0)
-    met = [random.permutation(ITEMS)[: random.integers(9, 27)] for _ in range(USERS)]
-    user_E = np.repeat(np.arange(USERS), [len(items) for items in met])
-    item_E = np.concatenate(met)
-    built = build_lists(
-        user_E,
-        item_E,
-        random.integers(1, 6, len(item_E)).astype(np.float32),
-        np.full(USERS, 2),
-        num_items=ITEMS,
-        list_length=LENGTH,
-        per_list=3,
-        threshold=3.0,
-        rng=random,
-    )
-    arrays = {name: jnp.asarray(value) for name, value in vars(built).items()}
-    lists = Lists(**arrays, attribute_IAM=jnp.zeros((ITEMS, 1, 1), jnp.int32))
-    redrawn_L = built.user_L % 4 != 0
+    lists, met, user_E, item_E = random_lists(USERS, ITEMS, LENGTH, 2, 3, fewest=9, most=26)
     doubled = np.append(user_E, 0), np.append(item_E, item_E[0])
-    return lists, [set(items) for items in met], unmet_of(*doubled, ITEMS, lists, redrawn_L, seed=0)
+    event_LN = interactions(*doubled, ITEMS, lists)
+    redrawn_L = np.asarray(lists.user_L) % 4 != 0
+    choice = unmet_of(*doubled, ITEMS, lists, event_LN, redrawn_L, seed=0)
+    return lists, [set(items) for items in met], choice
 
 
 def draw(world, seed: int, epoch: int = 0) -> Lists:

@@ -16,7 +16,8 @@ import ranking_world as world
 from dpo4rec_jax.config import InputError, RankConfig
 from dpo4rec_jax.data.knowledge import Knowledge
 from dpo4rec_jax.data.prepared import TRAIN
-from dpo4rec_jax.stages import rank
+from dpo4rec_jax.models.cuts import interactions, met_of
+from dpo4rec_jax.stages import fitting, rank
 from dpo4rec_jax.stages.arms import (
     arms_of,
     folds_of,
@@ -25,7 +26,13 @@ from dpo4rec_jax.stages.arms import (
     reranker_config,
     shuffled_users,
 )
-from dpo4rec_jax.stages.fitting import FitData, fit_arm, problem_of
+from dpo4rec_jax.stages.fitting import (
+    FitData,
+    first_params,
+    fit_arm,
+    problem_of,
+    with_spectra,
+)
 from dpo4rec_jax.weights.reranker import load_members, save_members
 from dpo4rec_jax.workspace import Workspace, write_npz
 
@@ -83,6 +90,51 @@ def test_a_fold_member_never_sees_the_lists_of_its_users():
     for seen in (0, SETTINGS.seeds):
         pairs = zip(leaves(plain, seen), leaves(other, seen), strict=True)
         assert any(np.abs(a - b).max() > 0 for a, b in pairs)
+
+
+def test_a_fold_members_items_begin_by_what_other_users_met():
+    prepared = world.make_prepared()
+    lists = lists_of(prepared, None, SETTINGS)
+    fold_U = folds_of(prepared, 2, seed=0)
+    train_L = prepared.split_U[prepared.user_L] == TRAIN
+    draws_RL = np.stack([train_L, train_L & (fold_U[prepared.user_L] != 1)])
+    user_E = np.repeat(np.arange(len(prepared.user_id)), np.diff(prepared.offset_U1))
+    event_LN = interactions(user_E, prepared.item_E, len(prepared.item_id), lists)
+    met = met_of(event_LN, lists, train_L, seed=0)
+    held_P = fold_U[np.asarray(met.user_P)] == 1
+    moved = met.replace(item_P=jnp.where(held_P, jnp.roll(met.item_P, 5), met.item_P))
+    first = first_params(reranker_config(SETTINGS, prepared, lists), 0, 2)
+    one, other = (
+        with_spectra(first, some, draws_RL, prepared.user_L)["item_embed"]["embedding"]
+        for some in (met, moved)
+    )
+    assert np.abs(one[0] - other[0]).max() > 0.01
+    np.testing.assert_array_equal(one[1], other[1])
+    assert np.abs(one[0] - one[1]).max() > 0.01
+    np.testing.assert_array_less(0.0, np.abs(one - first["item_embed"]["embedding"]).max((1, 2)))
+
+
+@pytest.mark.parametrize("redrawn", [True, False])
+def test_lists_are_drawn_anew_where_that_is_asked_for(redrawn, monkeypatch):
+    prepared = world.make_prepared()
+    lists = lists_of(prepared, None, SETTINGS)
+    how = "redrawn" if redrawn else "prepared"
+    seen = []
+
+    def fit(problem, params_R, data, *rest):
+        seen.extend(problem.refresh(data, np.int32(epoch)).lists.item_LN for epoch in (1, 2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "fit", fit)
+    for key in ("cuts", "negatives"):
+        changes = {"cuts": "prepared", "negatives": "prepared", key: how}
+        with pytest.raises(KeyboardInterrupt):
+            fit_arm(prepared, lists, SETTINGS.model_copy(update=changes), 0)
+    train_L = prepared.split_U[prepared.user_L] == TRAIN
+    for item_LN in seen:
+        assert (np.asarray(item_LN) != prepared.item_LN)[train_L].any() == redrawn
+        np.testing.assert_array_equal(np.asarray(item_LN)[~train_L], prepared.item_LN[~train_L])
+    assert (seen[0] != seen[1]).any() == redrawn
 
 
 @pytest.mark.parametrize(("how", "drawn"), [("any", True), ("best", True), ("first", False)])
