@@ -6,8 +6,9 @@ Two jobs: every text exactly `--new` tokens long; and `--mixed` completions whos
 from 8 to 128, where generate runs each batch until its longest (only the wanted tokens count).
 generate gets one batch of prompts x samples rows, its key/value cache and its default attention, as
 many threads as the machine has cores, or the GPU where torch and jax see one (that both fit:
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.5). Both compute in --dtype. Compilation is reported apart. The
-last line is JSON.
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.5). Ours takes every device that jax sees; with `--cpu-devices 2`
+it sees the same cores as two. Both compute in --dtype. Compilation is reported apart. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 import transformers
 
+from dpo4rec_jax.runtime.mesh import sampling_mesh
 from dpo4rec_jax.sampling import Figures, plan_layout, stream
 from dpo4rec_jax.weights import Policy, load_policy
 from dpo4rec_jax.weights.export import save_policy
@@ -51,22 +53,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=520, help="about so many")
     parser.add_argument("--mixed", type=int, default=256, help="texts of mixed lengths; 0: none")
     parser.add_argument("--slots", type=int, help="rows of the mixed job (as many as a batch)")
+    parser.add_argument("--cpu-devices", type=int, default=1, help="parts of a CPU to ours")
     parser.add_argument("--repeats", type=int, default=3, help="runs of ours; the median counts")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    policy = replace(load_policy(options.policy, dtype=options.dtype), stop_ids=())
+    jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+    policy = load_policy(options.policy, dtype=options.dtype, mesh=devices())
+    policy = replace(policy, stop_ids=())
     reference = load_reference(policy)
     print(
-        f"{jax.devices()[0].device_kind}; jax {jax.__version__}; torch {torch.__version__} with "
-        f"{torch.get_num_threads()} threads; transformers {transformers.__version__}"
+        f"{len(jax.devices())} x {jax.devices()[0].device_kind}; jax {jax.__version__}; torch "
+        f"{torch.__version__} with {torch.get_num_threads()} threads; transformers "
+        f"{transformers.__version__}"
     )
     figures = equal_lengths(policy, reference, options)
     if options.mixed:
         figures |= mixed_lengths(policy, reference, options)
     print(json.dumps(figures))
+
+
+def devices() -> jax.sharding.Mesh | None:
+    """The devices that rows are split over; None: there is one."""
+    mesh = sampling_mesh({}, jax.local_devices())
+    return mesh if mesh.size > 1 else None
 
 
 def load_reference(policy: Policy) -> Any:
@@ -122,11 +134,14 @@ def ours(policy: Policy, prompts: list[list[int]], limit_PN: np.ndarray, slots: 
     """A run of the job by our sampler; it returns the number of tokens."""
     lengths = [len(prompt) for prompt in prompts]
     new = int(limit_PN.max())
-    layout = plan_layout(policy.config, lengths, limit_PN.shape[1], new, slots=slots)
+    mesh = devices()
+    layout = plan_layout(policy.config, lengths, limit_PN.shape[1], new, slots=slots, mesh=mesh)
 
     def run() -> int:
         figures = Figures()
-        job = stream(policy, prompts, layout, limit_PN=limit_PN, figures=figures, **SETTINGS)
+        job = stream(
+            policy, prompts, layout, mesh=mesh, limit_PN=limit_PN, figures=figures, **SETTINGS
+        )
         assert sum(len(row) for _, row in job) == limit_PN.size
         assert figures.tokens == limit_PN.sum()
         return figures.tokens

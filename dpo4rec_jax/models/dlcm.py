@@ -17,10 +17,12 @@ class GRU(nn.Module):
     All input projections are one matrix product before the scan. The biases of the update gate
     begin spread over +-3, so that some of the state remembers the list and some shows the candidate
     just read (for a state that does both, a fresh one takes epochs to tell them apart). Candidates
-    come first, as the scan reads them; returned are the state after every one and the last state.
+    come first, as the scan reads them; returned are the state after every one and the last state,
+    of the last of `readings`, each of which goes on from where the one before ended.
     """
 
     width: int
+    readings: int = 1
 
     @nn.compact
     def __call__(self, x_NBD: jax.Array, mask_NB: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -44,6 +46,8 @@ class GRU(nn.Module):
 
         start_BH = jnp.zeros((x_NBD.shape[1], self.width), x_NBD.dtype)
         last_BH, state_NBH = jax.lax.scan(step, start_BH, (gates_NBG, mask_NB))
+        for _ in range(1, self.readings):
+            last_BH, state_NBH = jax.lax.scan(step, last_BH, (gates_NBG, mask_NB))
         return state_NBH, last_BH
 
 
@@ -56,17 +60,22 @@ def _spread_update(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.floa
 
 
 class DLCM(nn.Module):
-    """Score of candidate i: v . (o_i * tanh(W s + b)), o_i its state, s the last (equation 6)."""
+    """Score of candidate i: v . (o_i * tanh(W s + b)), o_i its state, s the last (equation 6).
+
+    The paper reads from the worst candidate of a first ranking to the best. Lists here come in any
+    order, so they are read twice: what the second reading finds first is met by the whole list.
+    """
 
     dropout: float = 0.0
     width: int = 128
+    readings: int = 2
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_BN: jax.Array, training: bool) -> jax.Array:
         # Candidates first from here on: the states are never transposed, and what is summed over a
         # list is a product of whole states (`each_times`).
         x_NBD = LayerNorm()(x_BND.swapaxes(0, 1))
-        state_NBH, last_BH = GRU(self.width, name="gru")(x_NBD, mask_BN.T)
+        state_NBH, last_BH = GRU(self.width, self.readings, name="gru")(x_NBD, mask_BN.T)
         local_NBH = dropout(self.dropout, training, candidates=0)(state_NBH)
         context_BH = jnp.tanh(nn.Dense(self.width, name="context")(last_BH))
         scored_NBH: Any = each_times(local_NBH, context_BH)

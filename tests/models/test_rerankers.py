@@ -308,6 +308,34 @@ def test_gru_state_passes_padding_by():
     np.testing.assert_allclose(last, expected, atol=1e-6)
 
 
+def test_second_reading_of_a_gru_goes_on_from_the_first():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 2, 5)), jnp.float32)
+    mask = jnp.asarray(np.random.default_rng(1).random((N, 2)) < 0.7)
+    variables = GRU(4).init(jax.random.key(0), x, mask)
+    states, last = apply(GRU(4, readings=2), variables, x, mask)
+    twice, expected = apply(GRU(4), variables, jnp.tile(x, (2, 1, 1)), jnp.tile(mask, (2, 1)))
+    np.testing.assert_allclose(states, twice[N:], atol=1e-6)
+    np.testing.assert_allclose(last, expected, atol=1e-6)
+
+
+def test_dlcm_is_equation_6_of_a_list_read_twice():
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(3, N, 6)), jnp.float32)
+    mask = jnp.arange(N)[None] < jnp.asarray([[N], [3], [1]])
+    module = dlcm.DLCM()
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32),
+        module.init(jax.random.key(0), x, mask, False)["params"],
+    )
+    read = LayerNorm().apply({"params": params["LayerNorm_0"]}, x.swapaxes(0, 1))
+    gru = {"params": params["gru"]}
+    states, last = apply(GRU(128), gru, jnp.tile(read, (2, 1, 1)), jnp.tile(mask.T, (2, 1)))
+    context = jnp.tanh(nn.Dense(128).apply({"params": params["context"]}, last))
+    expected = nn.Dense(1).apply({"params": params["score"]}, states[N:] * context[None])
+    scores = module.apply({"params": params}, x, mask, False)
+    np.testing.assert_allclose(scores, expected[..., 0].T, rtol=1e-4, atol=1e-5)
+
+
 def test_distinct_items_are_ascending_and_every_candidate_finds_its_own():
     item_BN = jnp.asarray([[5, 2, 5], [29, 0, 2]])
     distinct_K, place_BN = device_lists.distinct(item_BN, 6, ITEMS)
