@@ -22,6 +22,7 @@ ACCELERATOR_CHUNKS: Chunks = ((512, 1), (64, 8))
 MAX_ROWS = 256  # rows of a shard, however large the budget
 ROWS_STEP = 8  # rows are a multiple of this, where there is a choice
 STRAGGLERS = 1.75  # prefix slots over what full prompts need: prompts of which few rows still run
+AHEAD = 2  # more of them, at the most, where there are several shards: see Schedule.prefill_jobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +99,11 @@ def plan_layout(
 
     def layout(rows: int) -> Layout:
         busy = -(-rows * prompts // texts)  # prompts all of whose texts are running
+        ahead = min(busy, AHEAD) if shards > 1 else 0
         return Layout(
             shards=shards,
             rows=rows,
-            prompts=min(prompts, max(busy + 1, int(busy * STRAGGLERS))),
+            prompts=min(prompts, max(busy + 1, int(busy * STRAGGLERS)) + ahead),
             samples=max(counts, default=1),
             prompt_tokens=max(-(-(longest - 1) // chunks[-1][0]), 1) * chunks[-1][0],
             new_tokens=new_tokens,

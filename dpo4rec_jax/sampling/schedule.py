@@ -89,20 +89,26 @@ class Schedule:
     @property
     def num_waiting(self) -> int:
         """Rows not started, of prompts resident or queued."""
-        resident = sum(len(one.waiting) for shard in self.residents for one in shard if one)
+        resident = sum(map(self._waiting, self._shards))
         return resident + sum(self.samples[prompt] for prompt in self.queue)
 
     def prefill_jobs(self) -> list[PrefillJob]:
         """The chunks of the next call, all of one size; empty where every free row has its prompt.
 
-        Takes prompts from the queue into free prefix slots as rows need them.
+        Takes prompts from the queue into free prefix slots as rows need them. A shard without a
+        chunk of that size works ahead, as far as it has a slot: all shards run the same call.
         """
-        wanted = [self._wanted_jobs(shard) for shard in range(self.layout.shards)]
-        size = max((job.size for jobs in wanted for job in jobs), default=0)
+        wanted = [self._jobs_for(shard, self._idle(shard)) for shard in self._shards]
+        if not any(wanted):
+            return []
+        size = self._fullest(wanted)
         chosen = []
-        for jobs in wanted:
+        for shard, jobs in zip(self._shards, wanted, strict=True):
             fitting = [job for job in jobs if job.size == size]
-            chosen += fitting[: self.layout.jobs(size) if size else 0]
+            if not fitting:  # the call takes this shard's time all the same
+                ahead = self._jobs_for(shard, self._waiting(shard) + 1)
+                fitting = [job for job in ahead if job.size == size]
+            chosen += fitting[: self.layout.jobs(size)]
         for job in chosen:
             resident = self.residents[job.shard][job.slot]
             assert resident is not None
@@ -142,19 +148,40 @@ class Schedule:
             self.residents[shard][seat.slot] = None
         return resident.prompt, seat.sample, last
 
-    def _wanted_jobs(self, shard: int) -> list[PrefillJob]:
-        """The next chunk of every prompt, oldest first, that free rows are waiting for."""
-        free = sum(row is None for row in self.seats[shard])
+    @property
+    def _shards(self) -> range:
+        return range(self.layout.shards)
+
+    def _idle(self, shard: int) -> int:
+        """Rows without a text."""
+        return sum(row is None for row in self.seats[shard])
+
+    def _waiting(self, shard: int) -> int:
+        """Texts not started, of resident prompts."""
+        return sum(len(one.waiting) for one in self.residents[shard] if one)
+
+    def _fullest(self, wanted: list[list[PrefillJob]]) -> int:
+        """The size of chunk whose call would do most of what it can; the larger where equal."""
+
+        def share(size: int) -> float:
+            room = self.layout.jobs(size)
+            taken = (min(sum(job.size == size for job in jobs), room) for jobs in wanted)
+            return sum(taken) / room
+
+        return max((size for size, _ in self.layout.chunks), key=share)
+
+    def _jobs_for(self, shard: int, rows: int) -> list[PrefillJob]:
+        """The next chunk of every prompt, oldest first, that so many free rows wait for."""
         residents = self.residents[shard]
         jobs, coming = [], 0
         for slot in self._by_age(shard):
             resident = residents[slot]
             assert resident is not None
-            if coming < free and resident.chunks:
+            if coming < rows and resident.chunks:
                 jobs.append(PrefillJob(shard, slot, resident.prompt, *resident.chunks[0]))
             coming += len(resident.waiting)
         for slot, held in enumerate(residents):
-            if coming >= free or not self.queue:
+            if coming >= rows or not self.queue:
                 break
             if held is None:
                 resident = self._load(shard, slot)

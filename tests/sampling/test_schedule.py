@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models.llama import LlamaConfig
-from dpo4rec_jax.sampling.layout import ROWS_STEP, Layout, plan_layout
+from dpo4rec_jax.sampling.layout import AHEAD, ROWS_STEP, Layout, plan_layout
 from dpo4rec_jax.sampling.schedule import Schedule
 
 SMOLLM2 = LlamaConfig(
@@ -131,3 +131,35 @@ def test_a_freed_row_goes_to_the_next_sample_at_once() -> None:
     (start,) = schedule.start_rows()
     assert dataclasses.astuple(start) == (0, 1, 1, 1)
     assert np.all(schedule.lane_of_row_XB[0] == [0, 4, 2, 3])
+
+
+def test_shards_prefill_in_the_same_calls(monkeypatch) -> None:
+    """8 shards of 32 rows, 2,048 texts of 8 to 128 tokens behind prompts of 520: a call runs on
+    all shards, so 256 prompts of five chunks take 160 calls where no shard ever sits one out."""
+
+    layout = Layout(
+        shards=8, rows=32, prompts=7 + AHEAD, samples=8, prompt_tokens=544, new_tokens=128
+    )
+    assert _prefill_calls(layout, 256) < 1.25 * 160
+    monkeypatch.setattr(Schedule, "_waiting", lambda schedule, shard: -1)  # nobody works ahead
+    assert _prefill_calls(layout, 256) > 2 * 160
+
+
+def _prefill_calls(layout: Layout, num_prompts: int) -> int:
+    """Plays a job: 16 steps or fewer, then as many prefills as rows ask for."""
+    rng = np.random.default_rng(0)
+    left = rng.integers(8, 129, (num_prompts, layout.samples))
+    schedule = Schedule(layout, [521] * num_prompts)
+    running: dict[tuple[int, int], int] = {}
+    calls = 0
+    while not schedule.done:
+        while schedule.prefill_jobs():
+            calls += 1
+        for start in schedule.start_rows():
+            running[start.shard, start.row] = int(left[start.prompt, start.sample])
+        steps = min(16, sorted(running.values())[: layout.shards * layout.rows // 16][-1])
+        running = {row: tokens - steps for row, tokens in running.items()}
+        for row in [row for row, tokens in running.items() if tokens <= 0]:
+            schedule.finish(*row)
+            del running[row]
+    return calls
