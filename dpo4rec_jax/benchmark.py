@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_jax import __version__, benchmarks
-from dpo4rec_jax.command import add_config_arguments, exit_status, use_huge_pages
+from dpo4rec_jax.command import add_config_arguments, exit_status, settle_malloc
 from dpo4rec_jax.config import InputError, load_config
 from dpo4rec_jax.workspace import write_json
 
@@ -78,5 +78,5 @@ def _show(title: str, figures: dict[str, Any], indent: str = "  ") -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    settle_malloc()
     sys.exit(main())

@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.runtime.processes import Failed, Failure, Stopped, this
@@ -24,22 +23,26 @@ NO_ROOM = os.strerror(errno.ENOSPC)
 
 DONE, OURS, USERS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
-TRANSPARENT_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-MALLOC_SETTINGS = "GLIBC_TUNABLES"  # read by glibc once, before a process runs
+MALLOC = "GLIBC_TUNABLES"  # read by glibc once, before a process runs
+OUR_MALLOC = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {
+        "hugetlb": 1,  # huge pages, where Linux leaves them to programs
+        "mmap_threshold": 4 * 2**30,  # what is smaller goes back to malloc when freed,
+        "trim_threshold": 8 * 2**30,  # and from there to Linux when so much is free
+    }.items()
+)
 
 
-def use_huge_pages() -> None:
-    """Starts this very process anew with malloc asking for huge pages, where programs must ask.
+def settle_malloc() -> None:
+    """Starts this very process anew with malloc set so that what is freed is used again.
 
-    XLA takes its buffers on a CPU from malloc anew at each call of a program. In pages of 4 KiB, a
-    step of DPO spends a tenth of its time on page faults. Who sets GLIBC_TUNABLES decides himself.
+    XLA takes its buffers on a CPU from malloc anew at each call of a program, and malloc takes
+    large ones from Linux, which hands them out in pages of 4 KiB, each at its first touch: a tenth
+    of a DPO step. Who sets GLIBC_TUNABLES decides himself.
     """
-    try:
-        for_the_asking = "[madvise]" in TRANSPARENT_HUGE_PAGES.read_text()
-    except OSError:  # not Linux, or not told
-        return
-    if for_the_asking and MALLOC_SETTINGS not in os.environ:
-        os.environ[MALLOC_SETTINGS] = "glibc.malloc.hugetlb=1"
+    if sys.platform == "linux" and MALLOC not in os.environ:
+        os.environ[MALLOC] = OUR_MALLOC
         os.execv(sys.executable, sys.orig_argv)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo4rec_jax import __version__
-from dpo4rec_jax.command import add_config_arguments, exit_status, use_huge_pages
+from dpo4rec_jax.command import add_config_arguments, exit_status, settle_malloc
 from dpo4rec_jax.config import Config, InputError, load_config
 from dpo4rec_jax.runtime import launch
 from dpo4rec_jax.runtime.processes import this
@@ -213,5 +213,5 @@ def _set_up_jax(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    settle_malloc()
     sys.exit(main())

@@ -10,37 +10,30 @@ from pathlib import Path
 import pytest
 
 from dpo4rec_jax import __main__ as overview
+from dpo4rec_jax.command import OUR_MALLOC
 
 PROGRAM = """
 import os, sys
-from pathlib import Path
 from dpo4rec_jax import command
 
-command.TRANSPARENT_HUGE_PAGES = Path(sys.argv[1])
 print("starts", flush=True)
-command.use_huge_pages()
-print(os.environ.get("GLIBC_TUNABLES"), sys.argv[2])
+command.settle_malloc()
+print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1])
 """
 
 
 @pytest.mark.parametrize(
-    ("kernel", "users", "said"),
+    ("users", "said"),
     [
-        ("always [madvise] never", None, ["starts", "starts", "glibc.malloc.hugetlb=1 kept"]),
-        ("always [madvise] never", "glibc.malloc.check=1", ["starts", "glibc.malloc.check=1 kept"]),
-        ("[always] madvise never", None, ["starts", "None kept"]),
-        (None, None, ["starts", "None kept"]),
+        (None, ["starts", "starts", f"{OUR_MALLOC} kept"]),
+        ("glibc.malloc.check=1", ["starts", "glibc.malloc.check=1 kept"]),
     ],
 )
-def test_a_command_starts_anew_under_huge_pages_where_they_must_be_asked_for(
-    kernel: str | None, users: str | None, said: list[str], tmp_path: Path
-) -> None:
-    if kernel is not None:
-        (tmp_path / "enabled").write_text(kernel + "\n")
+def test_a_command_starts_anew_with_malloc_set(users: str | None, said: list[str]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     environment |= {} if users is None else {"GLIBC_TUNABLES": users}
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path / "enabled", "kept"],
+        [sys.executable, "-c", PROGRAM, "kept"],
         env=environment,
         capture_output=True,
         text=True,

