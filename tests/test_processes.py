@@ -33,7 +33,9 @@ AT_THIRD_BATCH = """
 import os, signal, sys
 from dpo4rec_jax import train
 from dpo4rec_jax.config import InputError
+from dpo4rec_jax.runtime import progress
 from dpo4rec_jax.stages import align, tuning
+progress.SILENCE_SECONDS = 0.2  # a line that says it is alive is due at any moment
 place, seen = tuning.Tuning.place, []
 def placed(self, arrays):
     if "logp_reference_BP" in arrays and os.environ["JAX_PROCESS_ID"] == "1":

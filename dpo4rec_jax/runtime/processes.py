@@ -81,6 +81,11 @@ class Processes:
         """Whether this is the one process that writes what all share."""
         return self.index == 0
 
+    @property
+    def failed(self) -> bool:
+        """Whether the run is over by a failure, whose line is the last that a person should see."""
+        return self._failure is not None
+
     def barrier(self, name: str, value: str = "", *, while_stopping: bool = False) -> None:
         """Returns when every process is here. Raises InputError where their values differ, Failed
         where another process ends instead of coming and, unless it serves that, Stopped."""

@@ -90,8 +90,9 @@ class Progress:
         self._said_at = time.monotonic()
 
     def say(self, line: str) -> None:
+        """Shows a line, unless another process tells, or the run has failed."""
         self._said_at = time.monotonic()
-        if this().main:
+        if this().main and not this().failed:
             self.console.print(line, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 import time
@@ -9,10 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.runtime import processes
 from dpo4rec_jax.runtime.processes import Failed, Failure, Processes, Silence, Stopped
+from dpo4rec_jax.runtime.progress import Progress
 
 
 class Dictionary:
@@ -102,6 +105,20 @@ def test_what_the_main_process_finds_is_what_all_get(run: list[Processes]) -> No
         return [process.from_main(lambda n=n: [process.index, n]) for n in range(3)]
 
     assert together(run, body) == [[[0, 0], [0, 1], [0, 2]]] * 3
+
+
+def test_nothing_is_told_after_a_failure(
+    run: list[Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.StringIO()
+    progress = Progress(Console(file=written))
+    monkeypatch.setattr(processes, "_this", run[0])
+    progress.say("step")
+    run[1].first(Failure("error: torn", 2))
+    while not run[0].failed:  # which it notices by itself
+        time.sleep(0.01)
+    progress.say("align: 28 s so far")
+    assert written.getvalue() == "step\n"
 
 
 def test_a_process_started_otherwise_is_named(run: list[Processes]) -> None:
