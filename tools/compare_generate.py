@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from dpo4rec_jax.runtime.mesh import sampling_mesh
-from dpo4rec_jax.sampling import Figures, plan_layout, stream
+from dpo4rec_jax.sampling import Figures, common_head, plan_layout, stream
 from dpo4rec_jax.weights import Policy, load_policy
 from dpo4rec_jax.weights.export import save_policy
 
@@ -135,7 +135,15 @@ def ours(policy: Policy, prompts: list[list[int]], limit_PN: np.ndarray, slots: 
     lengths = [len(prompt) for prompt in prompts]
     new = int(limit_PN.max())
     mesh = devices()
-    layout = plan_layout(policy.config, lengths, limit_PN.shape[1], new, slots=slots, mesh=mesh)
+    layout = plan_layout(
+        policy.config,
+        lengths,
+        limit_PN.shape[1],
+        new,
+        common=common_head(prompts),
+        slots=slots,
+        mesh=mesh,
+    )
 
     def run() -> int:
         figures = Figures()

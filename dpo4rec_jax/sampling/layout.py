@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -13,15 +14,16 @@ from dpo4rec_jax.models.llama import LlamaConfig
 
 Chunks = tuple[tuple[int, int], ...]
 
-# (tokens of a prefill chunk, prompts of a shard in one call), large to small; the smallest also
-# rounds prompts up. A CPU is at its peak with 128 tokens; an accelerator wants several hundred, or
-# it waits for the weights.
+# (tokens of a prefill chunk, prompts of a shard in one call), large to small. A CPU is at its peak
+# with 128 tokens; an accelerator wants several hundred, or it waits for the weights.
 CHUNKS: Chunks = ((128, 1), (32, 1))
 ACCELERATOR_CHUNKS: Chunks = ((512, 1), (64, 8))
 
 MAX_ROWS = 256  # rows of a shard, however large the budget
 ROWS_STEP = 8  # rows are a multiple of this, where there is a choice
 STRAGGLERS = 1.75  # prefix slots over what full prompts need: prompts of which few rows still run
+MOSTLY = 0.75  # a large chunk so full takes no longer than small ones of one prompt each
+LINE = 16  # prefix slots are a multiple of this: a cache line of float32
 AHEAD = 2  # more of them, at the most, where there are several shards: see Schedule.prefill_jobs
 
 
@@ -36,6 +38,7 @@ class Layout:
     prompt_tokens: int  # of a prefix slot: a prompt without its last token, rounded up
     new_tokens: int  # of a row slot
     chunks: Chunks = CHUNKS
+    common: int = 0  # tokens that every prompt begins with: prefilled once for all prefix slots
 
     @property
     def lanes(self) -> int:
@@ -47,22 +50,39 @@ class Layout:
         return dict(self.chunks)[size]
 
     def chunks_of(self, num_tokens: int) -> list[tuple[int, int]]:
-        """(offset, size) of the chunks that cover so many tokens, decided by that number alone.
-
-        Whole large chunks, then small ones; they end at the number rounded up to a small chunk.
-        """
-        chunks, offset = [], 0
-        for size, _ in self.chunks:
-            last = size == self.chunks[-1][0]
-            while num_tokens - offset >= size or (last and num_tokens > offset):
-                chunks.append((offset, size))
-                offset += size
-        return chunks
+        """(offset, size) of the chunks that cover so many tokens behind the common ones, decided by
+        that number alone."""
+        own = cover(num_tokens - self.common, self.chunks)
+        return [(self.common + offset, size) for offset, size in own]
 
     def bytes_of_shard(self, bytes_token: int) -> int:
         """Cache memory: prompts x prompt length + rows x new tokens."""
         tokens = self.prompts * self.prompt_tokens + self.rows * self.new_tokens
         return tokens * bytes_token
+
+
+def cover(num_tokens: int, chunks: Chunks) -> list[tuple[int, int]]:
+    """(offset, size) of the chunks that cover so many tokens: large ones while they are full, then
+    small ones. They end at the number rounded up to a small chunk or, where small chunks have calls
+    of their own as large ones have, with a large one that is mostly full."""
+    *large, (_, jobs_of_smallest) = chunks
+    enough = [int(size * MOSTLY) if jobs == jobs_of_smallest else size for size, jobs in large]
+    found, offset = [], 0
+    for (size, _), least in zip(chunks, [*enough, 1], strict=True):
+        while num_tokens - offset >= least:
+            found.append((offset, size))
+            offset += size
+    return found
+
+
+def common_head(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; the last one of a prompt does not count."""
+    if not prompts:
+        return 0
+    first, last = min(prompts, key=list), max(prompts, key=list)  # what these share, all do
+    most = min(len(prompt) - 1 for prompt in prompts)
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return max(min(sum(1 for _ in shared), most), 0)
 
 
 def bytes_token(config: LlamaConfig) -> int:
@@ -77,11 +97,13 @@ def plan_layout(
     samples: int | Sequence[int],
     new_tokens: int,
     *,
+    common: int = 0,
     slots: int | None = None,
     memory_gib: float = 4.0,
     mesh: Mesh | None = None,
 ) -> Layout:
-    """The sizes for a whole job of `samples` texts a prompt (or so many of each).
+    """The sizes for a whole job of `samples` texts a prompt (or so many of each), of prompts that
+    all begin with the same `common` tokens (`common_head`).
 
     As many rows as the budget of each device holds, or `slots` over all shards. Raises InputError
     where that, or a single prompt, is more than `memory_gib` holds, and says what fits.
@@ -89,8 +111,11 @@ def plan_layout(
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} if mesh is None else mesh.shape
     shards, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    chunks = CHUNKS if platform == "cpu" else ACCELERATOR_CHUNKS
     longest = max(prompt_lengths, default=1)
+    chunks = _even(longest - 1 - common) if platform == "cpu" else ACCELERATOR_CHUNKS
+    ends = [common + _end(length - 1 - common, chunks) for length in {*prompt_lengths}]
+    widest = max(*ends, _end(common, chunks), chunks[-1][0])
+    prompt_tokens = -(-widest // LINE) * LINE
     counts = [samples] * len(prompt_lengths) if isinstance(samples, int) else list(samples)
     texts = -(-sum(counts) // shards) or 1  # of a shard
     prompts = -(-len(counts) // shards) or 1
@@ -105,9 +130,10 @@ def plan_layout(
             rows=rows,
             prompts=min(prompts, max(busy + 1, int(busy * STRAGGLERS)) + ahead),
             samples=max(counts, default=1),
-            prompt_tokens=max(-(-(longest - 1) // chunks[-1][0]), 1) * chunks[-1][0],
+            prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             chunks=chunks,
+            common=common,
         )
 
     def fits(rows: int) -> bool:
@@ -132,3 +158,14 @@ def plan_layout(
             f"a device, reason.memory_gib is {memory_gib:g}: at most {most * shards} rows fit"
         )
     return layout(wanted)
+
+
+def _end(num_tokens: int, chunks: Chunks) -> int:
+    return sum(size for _, size in cover(num_tokens, chunks))
+
+
+def _even(num_tokens: int) -> Chunks:
+    """A CPU's chunks, the large ones of a size by which they cover so many tokens evenly."""
+    (most, jobs), *small = CHUNKS
+    even = -(-num_tokens // max(-(-num_tokens // most), 1))
+    return ((even, jobs) if even > most // 2 else CHUNKS[0], *small)

@@ -20,7 +20,7 @@ from dpo4rec_jax.models import llama
 from dpo4rec_jax.models.llama import LlamaConfig
 from dpo4rec_jax.sampling import steps
 from dpo4rec_jax.sampling.filters import Settings
-from dpo4rec_jax.sampling.layout import Layout, plan_layout
+from dpo4rec_jax.sampling.layout import Layout, common_head, cover, plan_layout
 from dpo4rec_jax.sampling.schedule import PrefillJob, Schedule, Start
 from dpo4rec_jax.sampling.steps import Job
 
@@ -102,6 +102,7 @@ def sample(
         [len(prompt) for prompt in ids],
         num_samples,
         max_new_tokens,
+        common=common_head(ids),
         slots=slots,
         memory_gib=memory_gib,
     )
@@ -139,6 +140,7 @@ def stream(
     """Yields (position in `prompts`, its completions) as prompts become complete, in any order.
 
     Each prompt, token ids, gets `layout.samples` completions or, where `samples` says so, fewer.
+    The `layout.common` tokens that all prompts begin with are prefilled once.
     `prompt_ids` name the prompts to the random numbers (default: their positions), so a part of a
     job draws what the whole would. `limit_PN` limits single completions (default: all to
     `layout.new_tokens`). `figures` is kept up to date for whoever passed it.
@@ -152,6 +154,8 @@ def stream(
     settings = Settings.of(temperature, top_p, top_k)
     device = _Device(policy, layout, Job.of(settings, policy.stop_ids, seed, round), mesh)
     schedule = Schedule(layout, [len(prompt) for prompt in prompts], samples)
+    if not schedule.done:
+        device.prefill_head(prompts[0])
     found: dict[int, dict[int, Completion]] = {}
     while not schedule.done:
         mostly_running = 2 * schedule.num_live >= layout.shards * layout.rows
@@ -206,6 +210,16 @@ class _Device:
         self._sharding = steps.Sharding(mesh) if mesh is not None and mesh.size > 1 else None
         self._prefix, self._suffix, self._rows = steps.empty(config, layout, self._sharding)
         self._running_XB = np.zeros((layout.shards, layout.rows), bool)
+
+    def prefill_head(self, prompt: Sequence[int]) -> None:
+        """Writes the common tokens, which this prompt begins with, into every prefix slot."""
+        common, shards = self._layout.common, range(self._layout.shards)
+        for offset, size in cover(common, self._layout.chunks):
+            # What follows the common tokens in the chunk is written over by each slot's prompt.
+            jobs = [PrefillJob(shard, 0, 0, offset, size) for shard in shards]
+            self.prefill(jobs, [[*prompt[:common], 0]])
+        if common:
+            self._prefix = steps.spread(self._prefix, common, self._sharding)
 
     def prefill(self, jobs: Sequence[PrefillJob], prompts: Sequence[Sequence[int]]) -> None:
         """Runs one chunk of each job; their sizes are equal."""
@@ -276,11 +290,17 @@ def _check(
             f"max_new_tokens: expected 1 to {layout.new_tokens}, got {limit_PN.min()} to "
             f"{limit_PN.max()}"
         )
+    head = list(prompts[0][: layout.common]) if len(prompts) else []
     for index, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= layout.prompt_tokens + 1:
             raise InputError(
                 f"prompt {index}: expected 1 to {layout.prompt_tokens + 1} tokens, got "
                 f"{len(prompt)}; shorten it"
+            )
+        if list(prompt[: layout.common]) != head or len(prompt) == layout.common:
+            raise InputError(
+                f"prompt {index}: expected to begin with {layout.common} tokens of prompt 0 and to "
+                "go on; plan the layout with the common_head of all prompts"
             )
         if not 0 <= min(prompt) <= max(prompt) < vocabulary:
             raise InputError(

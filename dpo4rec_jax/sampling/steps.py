@@ -182,6 +182,21 @@ def prefill(
     return constrain(prefix, sharding)
 
 
+@functools.partial(jax.jit, static_argnames=("tokens", "sharding"), donate_argnames="prefix")
+def spread(prefix: Caches, tokens: int, sharding: Sharding | None = None) -> Caches:
+    """Gives every prefix slot the first so many tokens of slot 0 of its shard."""
+    spread = tuple(
+        KeyValues(
+            key_XGKdS=one.key_XGKdS.at[..., :tokens].set(one.key_XGKdS[:, :1, ..., :tokens]),
+            value_XGKSd=one.value_XGKSd.at[..., :tokens, :].set(
+                one.value_XGKSd[:, :1, ..., :tokens, :]
+            ),
+        )
+        for one in prefix
+    )
+    return constrain(spread, sharding)
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "sharding"), donate_argnames=("suffix", "rows")
 )

@@ -25,7 +25,7 @@ from dpo4rec_jax.data.prompts import Prompt
 from dpo4rec_jax.data.texts import Kind, TextRecord, read_records, read_texts, write_records
 from dpo4rec_jax.runtime.mesh import sampling_mesh
 from dpo4rec_jax.runtime.processes import this
-from dpo4rec_jax.sampling import Completion, Figures, plan_layout, stream
+from dpo4rec_jax.sampling import Completion, Figures, common_head, plan_layout, stream
 from dpo4rec_jax.sampling.endpoint import Endpoint, Request
 from dpo4rec_jax.sampling.parts import Parts
 from dpo4rec_jax.sampling.prompts import fit_prompt
@@ -151,6 +151,7 @@ def _policy_writer(stage: Stage) -> Writer:
             [len(ids) for ids in fitted],
             job.samples,
             job.max_new_tokens,
+            common=common_head(fitted),
             slots=config.slots,
             memory_gib=config.memory_gib,
             mesh=mesh,

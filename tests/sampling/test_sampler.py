@@ -19,7 +19,16 @@ from scipy import special, stats
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models import llama
 from dpo4rec_jax.models.attention import Causal
-from dpo4rec_jax.sampling import Completion, Figures, Layout, plan_layout, sample, steps, stream
+from dpo4rec_jax.sampling import (
+    Completion,
+    Figures,
+    Layout,
+    common_head,
+    plan_layout,
+    sample,
+    steps,
+    stream,
+)
 from dpo4rec_jax.sampling.filters import Settings
 from dpo4rec_jax.sampling.schedule import Schedule
 
@@ -68,6 +77,8 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 
 
 PROMPTS = random_prompts(1, 40, 33, 2, 64, 130, 32, 21, 90)  # around the sizes of chunks
+HEAD = random_prompts(37)[0]
+HEADED = [[*HEAD, *own] for own in PROMPTS]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +86,7 @@ def sampled(policy) -> list[list[Completion]]:
     return sample(policy, PROMPTS, 4, 12, slots=6, logps=True, seed=3)
 
 
-LONGEST = 160
+LONGEST = 180
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -133,6 +144,25 @@ def test_prompts_may_be_prefilled_several_at_a_time(policy) -> None:
         for completion in completions:
             expected_T = uncached_logps(policy, PROMPTS[index], completion.tokens)
             np.testing.assert_allclose(completion.logps, expected_T, atol=1e-4)
+
+
+def test_what_all_prompts_begin_with_is_prefilled_once(policy) -> None:
+    assert common_head(HEADED) == len(HEAD) and common_head(PROMPTS) == common_head([]) == 0
+    lengths, prefilled, texts = [len(one) for one in HEADED], [], []
+    for common in (0, len(HEAD)):
+        layout = plan_layout(CONFIG, lengths, 2, 6, common=common, slots=12)
+        figures = Figures()
+        found = dict(stream(policy, HEADED, layout, logps=True, figures=figures))
+        prefilled.append(figures.prefill_tokens)
+        texts.append([[one.tokens for one in found[index]] for index in range(len(HEADED))])
+        for index, completions in found.items():
+            for completion in completions:
+                expected_T = uncached_logps(policy, HEADED[index], completion.tokens)
+                np.testing.assert_allclose(completion.logps, expected_T, atol=1e-4)
+    assert texts[0] == texts[1]
+    assert prefilled[1] < 0.7 * prefilled[0]
+    with pytest.raises(InputError, match=r"prompt 1: expected to begin with 37 tokens of prompt 0"):
+        list(stream(policy, [HEADED[0], PROMPTS[1]], layout))
 
 
 def test_greedy_takes_the_likeliest_token_of_an_uncached_pass(policy) -> None:
@@ -310,18 +340,19 @@ policy, found = t.tiny_policy(), {}
 for tensor in (1, 2):
     mesh = make_mesh({"data": -1, "tensor": tensor})
     assert mesh.size == 8
-    layout = plan_layout(t.CONFIG, [len(one) for one in t.PROMPTS], 4, 12, slots=16, mesh=mesh)
+    sizes = ([len(one) for one in t.HEADED], 4, 12)
+    layout = plan_layout(t.CONFIG, *sizes, common=len(t.HEAD), slots=16, mesh=mesh)
     params = policy.params
     if tensor > 1:
         from dpo4rec_jax.runtime.mesh import shardings
         params = jax.device_put(params, shardings(params, mesh))
-    run = stream(t.TinyPolicy(t.CONFIG, params), t.PROMPTS, layout, mesh=mesh, seed=3)
+    run = stream(t.TinyPolicy(t.CONFIG, params), t.HEADED, layout, mesh=mesh, seed=3)
     found[tensor] = t.tokens_of([row for _, row in sorted(run, key=lambda pair: pair[0])])
 print(json.dumps(found))
 """
 
 
-def test_eight_devices_write_the_texts_of_one(sampled) -> None:
+def test_eight_devices_write_the_texts_of_one(policy) -> None:
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
@@ -332,7 +363,8 @@ def test_eight_devices_write_the_texts_of_one(sampled) -> None:
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [tokens for row in tokens_of(sampled) for tokens in row]
+    expected = tokens_of(sample(policy, HEADED, 4, 12, slots=6, seed=3))
+    rows = [tokens for row in expected for tokens in row]
     for name, found in json.loads(done.stdout.splitlines()[-1]).items():
         others = [tokens for row in found for tokens in row]
         share = np.mean([one != other for one, other in zip(rows, others, strict=True)])

@@ -51,18 +51,28 @@ def test_a_budget_that_holds_no_prompt_is_refused() -> None:
 
 def test_a_small_job_gets_no_more_slots_than_texts() -> None:
     layout = plan_layout(SMOLLM2, [100, 90], 3, 16)
-    assert (layout.rows, layout.prompts, layout.prompt_tokens) == (6, 2, 128)
+    assert (layout.rows, layout.prompts, layout.prompt_tokens) == (6, 2, 112)
+
+
+def test_the_large_chunks_of_a_cpu_cover_the_longest_prompt_evenly() -> None:
+    layout = plan_layout(SMOLLM2, [521, 535, 60], 8, 128, common=37)
+    assert layout.chunks == ((125, 1), (32, 1))
+    assert layout.prompt_tokens == 544
+    assert layout.chunks_of(534) == [(37, 125), (162, 125), (287, 125), (412, 125)]
+    assert layout.chunks_of(520) == layout.chunks_of(534)  # the last one mostly full
+    assert layout.chunks_of(59) == [(37, 32)]
 
 
 @given(st.integers(0, 2000))
-def test_chunks_cover_a_prompt_without_gaps_and_end_at_a_small_chunk(num_tokens) -> None:
-    layout = Layout(1, 1, 1, 1, 1, 1, chunks=((128, 1), (48, 3), (32, 2)))
-    chunks = layout.chunks_of(num_tokens)
-    ends = [offset + size for offset, size in chunks]
-    assert [offset for offset, _ in chunks] == [0, *ends][: len(chunks)]
-    assert all(size in (128, 48, 32) for _, size in chunks)
-    covered = ends[-1] if ends else 0
-    assert num_tokens <= covered < num_tokens + 32
+def test_chunks_cover_a_prompt_behind_what_is_common_without_gaps(num_tokens) -> None:
+    for small, most in (((48, 3), (32, 2)), 32), (((32, 1),), 32):
+        layout = Layout(1, 1, 1, 1, 1, 1, chunks=((128, 1), *small), common=9)
+        chunks = layout.chunks_of(9 + num_tokens)
+        ends = [offset + size for offset, size in chunks]
+        assert [offset for offset, _ in chunks] == [9, *ends][: len(chunks)]
+        assert all(size in (128, 48, 32) for size in {size for _, size in chunks})
+        covered = ends[-1] - 9 if ends else 0
+        assert num_tokens <= covered <= num_tokens + most
 
 
 @given(st.data())
