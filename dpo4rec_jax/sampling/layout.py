@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -24,7 +25,8 @@ ROWS_STEP = 8  # rows are a multiple of this, where there is a choice
 STRAGGLERS = 1.75  # prefix slots over what full prompts need: prompts of which few rows still run
 MOSTLY = 0.75  # a large chunk so full takes no longer than small ones of one prompt each
 LINE = 16  # prefix slots are a multiple of this: a cache line of float32
-AHEAD = 2  # more of them, at the most, where there are several shards: see Schedule.prefill_jobs
+AHEAD = 2  # more of them, at the most, where there are several shards: see Schedule.prefill_jobs;
+# where a call takes one prompt a shard they are parked, and no time goes to attention to them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +35,23 @@ class Layout:
 
     shards: int  # parts of the data axis
     rows: int  # row slots of a shard
-    prompts: int  # prefix slots of a shard
+    prompts: int  # prefix slots of a shard, to which rows attend
     samples: int  # completions of a prompt, at the most
     prompt_tokens: int  # of a prefix slot: a prompt without its last token, rounded up
     new_tokens: int  # of a row slot
     chunks: Chunks = CHUNKS
     common: int = 0  # tokens that every prompt begins with: prefilled once for all prefix slots
+    parked: int = 0  # more slots, where prompts are prefilled if there are any, else in place
 
     @property
     def lanes(self) -> int:
         """Rows that a prompt can have at once."""
         return min(self.samples, self.rows)
+
+    @property
+    def home(self) -> range:
+        """The prefix slots where prompts are prefilled; parked ones count behind the others."""
+        return range(self.prompts if self.parked else 0, self.prompts + self.parked)
 
     def jobs(self, size: int) -> int:
         """Prompts of a shard whose chunks of this size one prefill call takes."""
@@ -57,7 +65,8 @@ class Layout:
 
     def bytes_of_shard(self, bytes_token: int) -> int:
         """Cache memory: prompts x prompt length + rows x new tokens."""
-        tokens = self.prompts * self.prompt_tokens + self.rows * self.new_tokens
+        prompts = self.prompts + self.parked
+        tokens = prompts * self.prompt_tokens + self.rows * self.new_tokens
         return tokens * bytes_token
 
 
@@ -124,11 +133,14 @@ def plan_layout(
 
     def layout(rows: int) -> Layout:
         busy = -(-rows * prompts // texts)  # prompts all of whose texts are running
-        ahead = min(busy, AHEAD) if shards > 1 else 0
+        resident = min(prompts, max(busy + 1, math.ceil(busy * STRAGGLERS)))
+        ahead = min(busy, AHEAD, prompts - resident) if shards > 1 else 0
+        parked = ahead if max(jobs for _, jobs in chunks) == 1 else 0
         return Layout(
             shards=shards,
             rows=rows,
-            prompts=min(prompts, max(busy + 1, int(busy * STRAGGLERS)) + ahead),
+            prompts=resident + ahead - parked,
+            parked=parked,
             samples=max(counts, default=1),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,

@@ -21,7 +21,7 @@ from dpo4rec_jax.models.llama import LlamaConfig
 from dpo4rec_jax.sampling import steps
 from dpo4rec_jax.sampling.filters import Settings
 from dpo4rec_jax.sampling.layout import Layout, common_head, cover, plan_layout
-from dpo4rec_jax.sampling.schedule import PrefillJob, Schedule, Start
+from dpo4rec_jax.sampling.schedule import Move, PrefillJob, Schedule, Start
 from dpo4rec_jax.sampling.steps import Job
 
 BURST = 8  # prefill calls between two decode calls while most rows are running
@@ -160,12 +160,14 @@ def stream(
     while not schedule.done:
         mostly_running = 2 * schedule.num_live >= layout.shards * layout.rows
         for _ in range(BURST) if mostly_running else itertools.count():
+            device.move(schedule.moves())
             jobs = schedule.prefill_jobs()
             if not jobs:
                 break
             device.prefill(jobs, prompts)
             figures.prefill_calls += 1
             figures.prefill_tokens += sum(job.size for job in jobs)
+        device.move(schedule.moves())
         starts = schedule.start_rows()
         turn = steps.idle_turn(schedule)
         for start in starts:
@@ -208,7 +210,10 @@ class _Device:
         self._params = llama.split_layers(policy.params)
 
         self._sharding = steps.Sharding(mesh) if mesh is not None and mesh.size > 1 else None
-        self._prefix, self._suffix, self._rows = steps.empty(config, layout, self._sharding)
+        prefix, self._suffix, self._rows = steps.empty(config, layout, self._sharding)
+        self._prefixes = [prefix]
+        if layout.parked:  # prompts are prefilled in the last
+            self._prefixes.append(steps.parking(config, layout, self._sharding))
         self._running_XB = np.zeros((layout.shards, layout.rows), bool)
 
     def prefill_head(self, prompt: Sequence[int]) -> None:
@@ -216,10 +221,11 @@ class _Device:
         common, shards = self._layout.common, range(self._layout.shards)
         for offset, size in cover(common, self._layout.chunks):
             # What follows the common tokens in the chunk is written over by each slot's prompt.
-            jobs = [PrefillJob(shard, 0, 0, offset, size) for shard in shards]
+            slot = self._layout.home.start
+            jobs = [PrefillJob(shard, slot, 0, offset, size) for shard in shards]
             self.prefill(jobs, [[*prompt[:common], 0]])
         if common:
-            self._prefix = steps.spread(self._prefix, common, self._sharding)
+            self._prefixes[-1] = steps.spread(self._prefixes[-1], common, self._sharding)
 
     def prefill(self, jobs: Sequence[PrefillJob], prompts: Sequence[Sequence[int]]) -> None:
         """Runs one chunk of each job; their sizes are equal."""
@@ -234,10 +240,25 @@ class _Device:
             end = min(job.offset + T, len(prompts[job.prompt]) - 1)
             chunk = prompts[job.prompt][job.offset : end]
             tokens_XJT[at][: len(chunk)] = chunk
-            slot_XJ[at], offset_XJ[at], valid_XJ[at] = job.slot, job.offset, True
+            slot = self._layout.home.index(job.slot)
+            slot_XJ[at], offset_XJ[at], valid_XJ[at] = slot, job.offset, True
         arguments = (tokens_XJT, slot_XJ, offset_XJ, valid_XJ)
-        self._prefix = steps.prefill(
-            self._config, self._params, self._prefix, *arguments, self._sharding
+        self._prefixes[-1] = steps.prefill(
+            self._config, self._params, self._prefixes[-1], *arguments, self._sharding
+        )
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Brings parked prompts, one a shard at the most, to where rows attend to them."""
+        if not moves:
+            return
+        source_X, target_X, valid_X = np.zeros((3, self._layout.shards), np.int32)
+        for move in moves:
+            at = move.shard
+            source_X[at], target_X[at] = self._layout.home.index(move.source), move.target
+            valid_X[at] = True
+        prefix, parked = self._prefixes
+        self._prefixes[0] = steps.move(
+            parked, prefix, source_X, target_X, valid_X.astype(bool), self._sharding
         )
 
     def decode(
@@ -248,7 +269,7 @@ class _Device:
         self._suffix, self._rows, taken = steps.decode(
             self._config,
             self._params,
-            self._prefix,
+            self._prefixes[0],
             self._suffix,
             self._rows,
             turn,

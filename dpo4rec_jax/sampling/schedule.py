@@ -47,6 +47,15 @@ class Seat:
 
 
 @dataclasses.dataclass(frozen=True)
+class Move:
+    """A prompt goes from the slot where it was prefilled to one that rows attend to."""
+
+    shard: int
+    source: int
+    target: int
+
+
+@dataclasses.dataclass(frozen=True)
 class PrefillJob:
     """One chunk of a prompt."""
 
@@ -58,7 +67,8 @@ class PrefillJob:
 
 
 class Schedule:
-    """The bookkeeping of one job: `prefill_jobs`, `start_rows` and `finish` in turn until `done`.
+    """The bookkeeping of one job: `prefill_jobs`, `moves`, `start_rows` and `finish` in turn until
+    `done`.
 
     `lengths` are of whole prompts, `samples` how many texts each gets (default: all the same).
     The last token of each is fed to its rows as their first step,
@@ -72,7 +82,8 @@ class Schedule:
         self.samples = [layout.samples] * len(lengths) if samples is None else samples
         X, B, G = layout.shards, layout.rows, layout.prompts
         self.queue = deque(range(len(lengths)))
-        self.residents: list[list[Resident | None]] = [[None] * G for _ in range(X)]
+        slots = G + layout.parked
+        self.residents: list[list[Resident | None]] = [[None] * slots for _ in range(X)]
         self.seats: list[list[Seat | None]] = [[None] * B for _ in range(X)]
         self.lane_of_row_XB = np.zeros((X, B), np.int32)
         self.row_of_lane_XL = np.zeros((X, G * layout.lanes), np.int32)
@@ -115,6 +126,20 @@ class Schedule:
             resident.chunks.popleft()
         return chosen
 
+    def moves(self) -> list[Move]:
+        """Of each shard's oldest parked prompt, if it is prefilled and there is a free slot."""
+        found = []
+        for shard, residents in enumerate(self.residents):
+            attended = residents[: self.layout.prompts]
+            parked = [slot for slot in self._by_age(shard) if slot >= len(attended)]
+            resident = residents[parked[0]] if parked and None in attended else None
+            if resident is not None and not resident.chunks:
+                move = Move(shard, parked[0], attended.index(None))
+                residents[move.target], residents[move.source] = resident, None
+                self.prefix_length_XG[shard, move.target] = self.lengths[resident.prompt] - 1
+                found.append(move)
+        return found
+
     def start_rows(self) -> list[Start]:
         """Puts waiting samples of prefilled prompts into free rows, oldest prompt first."""
         starts = []
@@ -123,6 +148,8 @@ class Schedule:
             for slot in self._by_age(shard):
                 resident = residents[slot]
                 assert resident is not None
+                if slot >= self.layout.prompts:  # parked
+                    continue
                 while free and resident.waiting and not resident.chunks:
                     row, sample = free.popleft(), resident.waiting.popleft()
                     seat = Seat(slot, resident.free_lanes.popleft(), sample)
@@ -180,10 +207,10 @@ class Schedule:
             if coming < rows and resident.chunks:
                 jobs.append(PrefillJob(shard, slot, resident.prompt, *resident.chunks[0]))
             coming += len(resident.waiting)
-        for slot, held in enumerate(residents):
+        for slot in self.layout.home:
             if coming >= rows or not self.queue:
                 break
-            if held is None:
+            if residents[slot] is None:
                 resident = self._load(shard, slot)
                 coming += len(resident.waiting)
                 if resident.chunks:
@@ -194,7 +221,8 @@ class Schedule:
         """Takes the next queued prompt into a free prefix slot."""
         prompt = self.queue.popleft()
         num_tokens = self.lengths[prompt] - 1
-        self.prefix_length_XG[shard, slot] = num_tokens
+        if slot < self.layout.prompts:
+            self.prefix_length_XG[shard, slot] = num_tokens
         resident = Resident(
             prompt,
             deque(self.layout.chunks_of(num_tokens)),

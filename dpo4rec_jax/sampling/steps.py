@@ -148,17 +148,24 @@ def empty(
     config: LlamaConfig, layout: Layout, sharding: Sharding | None
 ) -> tuple[Caches, Caches, Rows]:
     """Prefixes, suffixes and rows before a job; nothing larger than a shard is ever allocated."""
-
-    def caches(owners: int, tokens: int) -> Caches:
-        size = (layout.shards, owners, config.kv_heads, tokens, config.head_dim)
-        return tuple(KeyValues.zeros(*size, config.dtype) for _ in range(config.layers))
-
     state = (
-        caches(layout.prompts, layout.prompt_tokens),
-        caches(layout.rows, layout.new_tokens),
+        _caches(config, layout.shards, layout.prompts, layout.prompt_tokens),
+        _caches(config, layout.shards, layout.rows, layout.new_tokens),
         Rows.idle(layout),
     )
     return constrain(state, sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout", "sharding"))
+def parking(config: LlamaConfig, layout: Layout, sharding: Sharding | None) -> Caches:
+    """The parked prefix slots before a job."""
+    caches = _caches(config, layout.shards, layout.parked, layout.prompt_tokens)
+    return constrain(caches, sharding)
+
+
+def _caches(config: LlamaConfig, shards: int, owners: int, tokens: int) -> Caches:
+    size = (shards, owners, config.kv_heads, tokens, config.head_dim)
+    return tuple(KeyValues.zeros(*size, config.dtype) for _ in range(config.layers))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sharding"), donate_argnames="prefix")
@@ -195,6 +202,29 @@ def spread(prefix: Caches, tokens: int, sharding: Sharding | None = None) -> Cac
         for one in prefix
     )
     return constrain(spread, sharding)
+
+
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="prefix")
+def move(
+    parked: Caches,
+    prefix: Caches,
+    source_X: Int[Array, " X"],
+    target_X: Int[Array, " X"],
+    valid_X: Bool[Array, " X"],
+    sharding: Sharding | None = None,
+) -> Caches:
+    """Copies a parked prompt of each shard into a prefix slot, where `valid_X`."""
+
+    def copy(parked_G: Array, prefix_G: Array, source: Array, target: Array, valid: Array) -> Array:
+        held = jax.lax.dynamic_index_in_dim(prefix_G, target, keepdims=False)
+        new = jnp.where(valid, parked_G[source], held)
+        return jax.lax.dynamic_update_index_in_dim(prefix_G, new, target, axis=0)
+
+    def copy_all(parked_XG: Array, prefix_XG: Array) -> Array:
+        return jax.vmap(copy)(parked_XG, prefix_XG, source_X, target_X, valid_X)
+
+    moved = jax.tree.map(copy_all, parked, prefix)
+    return constrain(moved, sharding)
 
 
 @functools.partial(

@@ -192,16 +192,17 @@ def tokens_of(completions: list[list[Completion]]) -> list[list[list[int]]]:
 
 
 def test_texts_do_not_depend_on_order_neighbours_slots_or_refills(policy, sampled) -> None:
-    layout = plan_layout(CONFIG, [len(one) for one in PROMPTS], 4, 12, slots=6)
+    in_place = plan_layout(CONFIG, [len(one) for one in PROMPTS], 4, 12, slots=6)
+    parked = dataclasses.replace(in_place, parked=1)
     rng = np.random.default_rng(1)
     for chosen in (rng.permutation(len(PROMPTS)), np.array([4]), np.array([8, 0, 5])):
         order = chosen.tolist()
-        found = dict(
-            stream(policy, [PROMPTS[index] for index in order], layout, seed=3, prompt_ids=order)
-        )
-        for place, index in enumerate(order):
-            expected = [one.tokens for one in sampled[index]]
-            assert [one.tokens for one in found[place]] == expected
+        part = [PROMPTS[index] for index in order]
+        for layout in (in_place, parked):
+            found = dict(stream(policy, part, layout, seed=3, prompt_ids=order))
+            for place, index in enumerate(order):
+                expected = [one.tokens for one in sampled[index]]
+                assert [one.tokens for one in found[place]] == expected
 
 
 def test_samples_prompts_rounds_and_seeds_all_draw_anew(policy, sampled) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -77,7 +78,8 @@ def test_chunks_cover_a_prompt_behind_what_is_common_without_gaps(num_tokens) ->
 
 @given(st.data())
 def test_every_sample_runs_once_on_its_own_prompts_prefix(data) -> None:
-    """Plays the device: rows finish at random; a row must find its prompt whole in its slot."""
+    """Plays the device: rows finish at random; a row must find its prompt whole in its slot, also
+    where it was prefilled in another."""
     lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=12))
     layout = Layout(
         shards=data.draw(st.integers(1, 3)),
@@ -87,24 +89,41 @@ def test_every_sample_runs_once_on_its_own_prompts_prefix(data) -> None:
         prompt_tokens=320,
         new_tokens=8,
         chunks=((128, data.draw(st.integers(1, 2))), (32, data.draw(st.integers(1, 3)))),
+        parked=data.draw(st.integers(0, 2)),
     )
     schedule = Schedule(layout, lengths)
     prefilled: dict[tuple[int, int], tuple[int, int]] = {}  # slot -> prompt, tokens
     running: dict[tuple[int, int], tuple[int, int]] = {}  # row -> prompt, sample
     finished, whole = [], {}
+
+    def move() -> None:
+        moves = schedule.moves()
+        assert len({one.shard for one in moves}) == len(moves)
+        for one in moves:
+            assert one.source >= layout.prompts > one.target
+            target = (one.shard, one.target)
+            assert not any(whole[key] == target for key in running)
+            prefilled[target] = prefilled.pop((one.shard, one.source), (-1, 0))
+
     while not schedule.done:
-        while jobs := schedule.prefill_jobs():
+        while True:
+            move()
+            jobs = schedule.prefill_jobs()
+            if not jobs:
+                break
             assert len({(job.shard, job.slot) for job in jobs}) == len(jobs)
             (size,) = {job.size for job in jobs}
             by_shard = Counter(job.shard for job in jobs)
             assert max(by_shard.values()) <= layout.jobs(size)
             for job in jobs:
+                assert job.slot in layout.home
                 at, before = (job.shard, job.slot), prefilled.get((job.shard, job.slot))
                 if job.offset == 0:
                     assert not any(key[0] == job.shard and whole[key] == at for key in running)
                 else:
                     assert before == (job.prompt, job.offset)
                 prefilled[at] = (job.prompt, job.offset + job.size)
+        move()
         for start in schedule.start_rows():
             row = (start.shard, start.row)
             assert row not in running
@@ -147,9 +166,10 @@ def test_shards_prefill_in_the_same_calls(monkeypatch) -> None:
     """8 shards of 32 rows, 2,048 texts of 8 to 128 tokens behind prompts of 520: a call runs on
     all shards, so 256 prompts of five chunks take 160 calls where no shard ever sits one out."""
 
-    layout = Layout(
-        shards=8, rows=32, prompts=7 + AHEAD, samples=8, prompt_tokens=544, new_tokens=128
-    )
+    devices = np.array(jax.devices()[:1] * 8).reshape(8, 1, 1)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"))
+    layout = plan_layout(SMOLLM2, [522] * 256, 8, 128, slots=256, mesh=mesh)
+    assert (layout.rows, layout.prompts, layout.parked) == (32, 7, AHEAD)
     assert _prefill_calls(layout, 256) < 1.25 * 160
     monkeypatch.setattr(Schedule, "_waiting", lambda schedule, shard: -1)  # nobody works ahead
     assert _prefill_calls(layout, 256) > 2 * 160
@@ -163,8 +183,10 @@ def _prefill_calls(layout: Layout, num_prompts: int) -> int:
     running: dict[tuple[int, int], int] = {}
     calls = 0
     while not schedule.done:
+        schedule.moves()
         while schedule.prefill_jobs():
             calls += 1
+            schedule.moves()
         for start in schedule.start_rows():
             running[start.shard, start.row] = int(left[start.prompt, start.sample])
         steps = min(16, sorted(running.values())[: layout.shards * layout.rows // 16][-1])
