@@ -190,8 +190,8 @@ def _steps(config, attention, parts, params, prefix, suffix, turn, settings):
         if not draw:
             return suffix, jnp.abs(logits_BV.max(axis=-1)).astype(jnp.int32) % config.vocab_size
         token_B = filters.draw(logits_BV, jax.vmap(jax.random.fold_in)(key_B, token_B), settings)
-        logp_B = filters.token_logps(logits_BV, token_B)
-        return suffix, jnp.where(logp_B > 0, 0, token_B)
+        margin_B = filters.token_margins(logits_BV, token_B)
+        return suffix, jnp.where(margin_B > 0, 0, token_B)
 
     token_B = jnp.zeros(turn.lane_of_row_XB.size, jnp.int32)
     return jax.lax.fori_loop(0, STEPS, step, (suffix, token_B))

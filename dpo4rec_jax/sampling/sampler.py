@@ -152,7 +152,8 @@ def stream(
     ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     figures = Figures() if figures is None else figures
     settings = Settings.of(temperature, top_p, top_k)
-    device = _Device(policy, layout, Job.of(settings, policy.stop_ids, seed, round), mesh)
+    job = Job.of(settings, policy.stop_ids, seed, round)
+    device = _Device(policy, layout, job, mesh, logps)
     schedule = Schedule(layout, [len(prompt) for prompt in prompts], samples)
     if not schedule.done:
         device.prefill_head(prompts[0])
@@ -204,9 +205,10 @@ class _Device:
         layout: Layout,
         job: Job,
         mesh: jax.sharding.Mesh | None,
+        logps: bool,
     ):
         config = self._config = policy.config
-        self._layout, self._job = layout, job
+        self._layout, self._job, self._logps = layout, job, logps
         self._params = llama.split_layers(policy.params)
 
         self._sharding = steps.Sharding(mesh) if mesh is not None and mesh.size > 1 else None
@@ -264,8 +266,8 @@ class _Device:
     def decode(
         self, turn: steps.Turn
     ) -> tuple[list[tuple[tuple[int, int], list[int], list[float]]], int]:
-        """Draws some tokens for every row: ((shard, row), tokens, logps) of those that finished,
-        and the number of steps taken."""
+        """Draws some tokens for every row: ((shard, row), tokens, logps or margins) of those that
+        finished, and the number of steps taken."""
         self._suffix, self._rows, taken = steps.decode(
             self._config,
             self._params,
@@ -275,6 +277,7 @@ class _Device:
             turn,
             self._job,
             self._sharding,
+            self._logps,
         )
         active_XB = np.asarray(self._rows.active_XB)
         finished_XB = (self._running_XB | turn.fresh_XB) & ~active_XB

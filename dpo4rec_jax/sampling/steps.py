@@ -45,7 +45,7 @@ class Rows:
     active_XB: Bool[Array, "X B"]
     key_XB2: UInt32[Array, "X B 2"]
     tokens_XBT: Int[Array, "X B T"]
-    logps_XBT: Float[Array, "X B T"]
+    logps_XBT: Float[Array, "X B T"]  # where they are asked for, else margins
 
     @classmethod
     def idle(cls, layout: Layout) -> Rows:
@@ -228,7 +228,7 @@ def move(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "sharding"), donate_argnames=("suffix", "rows")
+    jax.jit, static_argnames=("config", "sharding", "logps"), donate_argnames=("suffix", "rows")
 )
 def decode(
     config: LlamaConfig,
@@ -239,6 +239,7 @@ def decode(
     turn: Turn,
     job: Job,
     sharding: Sharding | None = None,
+    logps: bool = False,
 ) -> tuple[Caches, Rows, Array]:
     """Starts the turn's fresh rows and draws tokens until one of its limits.
 
@@ -262,7 +263,7 @@ def decode(
             tuple(zip(prefix, suffix, strict=True)),
         )
         logits_BV = llama.unembed(config, params, hidden_B1D[:, 0])
-        return index + 1, suffix, _advance(rows, logits_BV, job)
+        return index + 1, suffix, _advance(rows, logits_BV, job, logps)
 
     def proceed(state: tuple[Array, Caches, Rows]) -> Array:
         index, _, rows = state
@@ -293,14 +294,15 @@ def _begin(rows: Rows, turn: Turn, job: Job) -> Rows:
     )
 
 
-def _advance(rows: Rows, logits_BV: Array, job: Job) -> Rows:
+def _advance(rows: Rows, logits_BV: Array, job: Job, logps: bool) -> Rows:
     """Draws a token for every active row; the others stand still."""
     shape_XB = rows.token_XB.shape
     key_B = jax.random.wrap_key_data(rows.key_XB2.reshape(-1, 2), impl=PRNG)
     key_B = jax.vmap(jax.random.fold_in)(key_B, rows.length_XB.reshape(-1))
     token_B = filters.draw(logits_BV, key_B, job.settings)
     token_XB = token_B.reshape(shape_XB)
-    logp_XB = filters.token_logps(logits_BV, token_B).reshape(shape_XB)
+    said = filters.token_logps if logps else filters.token_margins
+    logp_XB = said(logits_BV, token_B).reshape(shape_XB)
 
     one_XB = rows.active_XB.astype(jnp.int32)
     length_XB = rows.length_XB + one_XB

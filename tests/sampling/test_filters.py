@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo4rec_jax.sampling.filters import Settings, block_tokens, draw, token_logps
+from dpo4rec_jax.sampling.filters import (
+    Settings,
+    block_tokens,
+    draw,
+    token_logps,
+    token_margins,
+)
 
 DRAWS = 20_000
 draw_jitted = jax.jit(draw)
@@ -97,6 +103,13 @@ def test_log_probabilities_are_of_the_unfiltered_softmax() -> None:
     np.testing.assert_allclose(
         token_logps(jnp.asarray(logits_BV), token_B), expected_B[np.arange(3), token_B], atol=1e-5
     )
+
+
+def test_margins_are_no_numbers_where_any_logit_is_none() -> None:
+    logits_BV = jnp.array([[1.0, 3.0, 2.5], [1.0, jnp.nan, 2.0], [jnp.inf, 1.0, 2.0]])
+    margin_B = np.asarray(token_margins(logits_BV, jnp.array([2, 0, 0])))
+    assert margin_B[0] == -0.5
+    assert not np.isfinite(margin_B[1:]).any()
 
 
 @pytest.mark.parametrize(
