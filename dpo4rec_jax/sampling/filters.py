@@ -54,15 +54,17 @@ def draw(
 
 def token_logps(logits_BV: Float[Array, "B V"], token_B: Int[Array, " B"]) -> Float[Array, " B"]:
     """Log-probabilities of tokens under the policy itself: no temperature, no filter."""
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    return _chosen(logits_BV, token_B) - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
 def token_margins(logits_BV: Float[Array, "B V"], token_B: Int[Array, " B"]) -> Float[Array, " B"]:
     """Logits of tokens less the largest of their row: no number where any of the row is none. A
     pass less over the vocabulary than `token_logps`."""
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    return chosen_B - logits_BV.max(axis=-1)
+    return _chosen(logits_BV, token_B) - logits_BV.max(axis=-1)
+
+
+def _chosen(x_BV: Array, token_B: Array) -> Array:
+    return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
 
 
 def _sample(logits_BV: Array, key_B: Array, settings: Settings) -> Array:
@@ -86,7 +88,7 @@ def _sample(logits_BV: Array, key_B: Array, settings: Settings) -> Array:
         trial, pivot_B, token_B, done_B = state
         trial_key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, trial)
         drawn_B = _inverse_transform(score_BV, weight_BV, pivot_B, trial_key_B)
-        drawn_score_B = jnp.take_along_axis(score_BV, drawn_B[:, None], axis=-1)[:, 0]
+        drawn_score_B = _chosen(score_BV, drawn_B)
         likelier_B = _mass_above(score_BV, weight_BV, drawn_score_B)
         accepted_B = (likelier_B < settings.top_p * total_B) | (settings.top_p >= 1)
         return (

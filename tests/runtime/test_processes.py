@@ -115,7 +115,8 @@ def test_nothing_is_told_after_a_failure(
     monkeypatch.setattr(processes, "_this", run[0])
     progress.say("step")
     run[1].first(Failure("error: torn", 2))
-    while not run[0].failed:  # which it notices by itself
+    until = time.monotonic() + 20
+    while not run[0].failed and time.monotonic() < until:  # which it notices by itself
         time.sleep(0.01)
     progress.say("align: 28 s so far")
     assert written.getvalue() == "step\n"

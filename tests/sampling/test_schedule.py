@@ -66,12 +66,13 @@ def test_the_large_chunks_of_a_cpu_cover_the_longest_prompt_evenly() -> None:
 
 @given(st.integers(0, 2000))
 def test_chunks_cover_a_prompt_behind_what_is_common_without_gaps(num_tokens) -> None:
-    for small, most in (((48, 3), (32, 2)), 32), (((32, 1),), 32):
+    # Several prompts a small call: less than a small chunk too much. One: a quarter of a large one.
+    for small, most in (((48, 3), (32, 2)), 31), (((32, 1),), 32):
         layout = Layout(1, 1, 1, 1, 1, 1, chunks=((128, 1), *small), common=9)
         chunks = layout.chunks_of(9 + num_tokens)
         ends = [offset + size for offset, size in chunks]
         assert [offset for offset, _ in chunks] == [9, *ends][: len(chunks)]
-        assert all(size in (128, 48, 32) for size in {size for _, size in chunks})
+        assert {size for _, size in chunks} <= {size for size, _ in layout.chunks}
         covered = ends[-1] - 9 if ends else 0
         assert num_tokens <= covered <= num_tokens + most
 
