@@ -225,6 +225,11 @@ class RankConfig(Section):
         lt=1.0,
     )
     embedding: Positive = field(32, "embedding size of ids and attributes")
+    attributes: Literal["joined", "added"] = field(
+        "joined",
+        "embeddings of an item's attributes stand beside that of its id, or are added to it, which "
+        "makes candidates narrower and epochs shorter",
+    )
 
     @pydantic.model_validator(mode="after")
     def _texts_have_a_way_in(self) -> RankConfig:

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 BACKBONES: dict[str, str | type[nn.Module]] = {
     "dlcm": "dpo4rec_jax.models.dlcm:DLCM",
     "prm": "dpo4rec_jax.models.prm:PRM",
+    "prm-small": "dpo4rec_jax.models.prm:SmallPRM",
+    "prm-tiny": "dpo4rec_jax.models.prm:TinyPRM",
     "setrank": "dpo4rec_jax.models.setrank:SetRank",
     "setrank-isab": "dpo4rec_jax.models.setrank:InducedSetRank",
+    "setrank-small": "dpo4rec_jax.models.setrank:SmallSetRank",
+    "setrank-tiny": "dpo4rec_jax.models.setrank:TinySetRank",
     "mir": "dpo4rec_jax.models.mir:MIR",
 }
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ class RerankerConfig:
     With adaptor `none` knowledge counts by the match alone.
 
     `list_length` matters to PRM alone, whose positions are learned. `history` adds to a candidate
-    what it finds in the user's window, whatever the backbone; `match` adds to a score how well the
+    what it finds in the user's window, whatever the backbone; `attributes` are embeddings of their
+    own beside that of the item's id, or are added to it; `match` adds to a score how well the
     texts match, where there are both; `ease`, a ridge, adds how well each candidate fits what
     the user liked (`ease.affinities`).
     """
@@ -61,6 +62,7 @@ class RerankerConfig:
     history: bool = False
     match: bool = False
     ease: float | None = None
+    attributes: Literal["joined", "added"] = "joined"
 
     @property
     def adapts(self) -> bool:
@@ -210,11 +212,12 @@ class Reranker(nn.Module):
         return jnp.where(keep_B[:, None], user_BO, 0.0)
 
     def embedded(self, item_BN: jax.Array, attributes: Attributes) -> list[jax.Array]:
-        """The items' id embeddings, and those of their attributes."""
-        return [self.item_embed(item_BN)] + [
+        """The items' id embeddings and those of their attributes, or the sum of them all."""
+        parts = [self.item_embed(item_BN)] + [
             _mean_embedding(embed, table[item_BN])
             for embed, table in zip(self.attribute_embed, attributes, strict=True)
         ]
+        return [sum(parts[1:], parts[0])] if self.config.attributes == "added" else parts
 
     def window(self, history: History, attributes: Attributes) -> Window:
         rating_BHD = self.rating_embed(jnp.maximum(history.rating_BH, 0))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dpo4rec_jax.models.lean import LeanEncoder
 from dpo4rec_jax.models.list_attention import Block, LayerNorm
 
 
@@ -49,3 +50,20 @@ class InducedSetRank(SetRank):
     """SetRank with 16 inducing points a block."""
 
     inducing: int = 16
+
+
+class SmallSetRank(nn.Module):
+    """SetRank of two lean blocks."""
+
+    dropout: float = 0.0
+    blocks: int = 2
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, mask_BN: jax.Array, training: bool) -> jax.Array:
+        return LeanEncoder(self.blocks, self.dropout, name="encoder")(x_BND, mask_BN, training)
+
+
+class TinySetRank(SmallSetRank):
+    """SetRank of one lean block."""
+
+    blocks: int = 1

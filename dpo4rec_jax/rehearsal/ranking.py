@@ -16,7 +16,8 @@ from dpo4rec_jax.config import Config, DataConfig
 from dpo4rec_jax.data import TRAIN, VALIDATION, Prepared, build
 from dpo4rec_jax.models.lists import Lists
 from dpo4rec_jax.models.llama import LlamaConfig
-from dpo4rec_jax.runtime import fit
+from dpo4rec_jax.runtime.epoch import first_state, run_epoch
+from dpo4rec_jax.runtime.fit import CAPACITY_STEP
 from dpo4rec_jax.stages import fitting
 from dpo4rec_jax.stages.affinities import check_size
 from dpo4rec_jax.stages.arms import lists_in, lists_of, reranker_config
@@ -66,13 +67,13 @@ def epoch(
 
     first = functools.partial(fitting.first_params, settings, config.seed, members)
     state = jax.eval_shape(
-        lambda: fit.first_state(first(), jax.random.key(0), schedule.optimizer(steps))
+        lambda: first_state(first(), jax.random.key(0), schedule.optimizer(steps))
     )
     validation_V = lists_in(prepared, VALIDATION)
     data = fitting.FitData(lists, jnp.asarray(validation_V))
     order_RSB = np.zeros((members, steps, batch), np.int32)
     distinct = min(batch * lists.item_LN.shape[1], len(prepared.item_id))  # at the most
-    capacity = -(-distinct // fit.CAPACITY_STEP) * fit.CAPACITY_STEP
+    capacity = -(-distinct // CAPACITY_STEP) * CAPACITY_STEP
     problem = fitting.problem_of(settings, rank.loss, rank.user_text)
     static = (problem, schedule, steps, capacity if problem.demand else 0)
     where = SingleDeviceSharding(device)
@@ -80,7 +81,7 @@ def epoch(
         lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=where),
         (state, data, order_RSB, np.int32(0)),
     )
-    return fit.run_epoch, (*static, *traced), members * num_lists, steps
+    return run_epoch, (*static, *traced), members * num_lists, steps
 
 
 def _lists(config: Config, prepared: Prepared, features: int) -> Lists:

@@ -1,92 +1,41 @@
-"""Training of many small models at once: an epoch is one compiled program over device data (on a
-CPU, one for each model).
+"""Training of many small models at once, from epoch to epoch.
 
-The members (axis R: seeds, and folds that must not see some examples) differ in their first
-parameters, their keys and the examples that they draw; the step is the same function for all. An
-epoch shuffles each member's examples on the device and scans over batches of indices. The best
-parameters by a validation metric stay on the device, kept by member.
+The members (axis R: seeds, and folds that must not see some examples) are trained by `epoch`'s
+program. What an epoch needs is drawn on the device while the one before runs: data anew, where a
+problem draws it, and each member's examples, shuffled.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from dpo4rec_jax.config import InputError
+from dpo4rec_jax.runtime.epoch import (
+    Member,
+    Problem,
+    Schedule,
+    Tree,
+    each_device,
+    first_state,
+    run_epoch,
+    run_members,
+)
 from dpo4rec_jax.runtime.mesh import MEMBERS, on_host, place
-from dpo4rec_jax.runtime.optimizer import learning_rate_schedule
 
-Tree = Any
+T = TypeVar("T")
 
 # A program's static capacity is rounded up to this, so that few epochs compile anew.
 CAPACITY_STEP = 128
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is fitted, as pure functions of one member. Hashable, so programs are compiled once.
-
-    `loss(params, data, drawn, index_B, key, capacity) -> loss_B` of the examples at `index_B`.
-    `validate(params, data) -> scalar`, larger is better.
-    `refresh(data, epoch) -> data`, once an epoch for all members: `fit`'s data, drawn anew.
-    `draw(data, key) -> drawn`, once an epoch: what its random choices need.
-    `demand(data, index_B) -> integer` is the static size that a batch needs (distinct items, say);
-    the largest of an epoch, rounded up, is the `capacity` that `loss` is compiled for.
-    """
-
-    loss: Callable[..., jax.Array]
-    validate: Callable[..., jax.Array]
-    refresh: Callable[[Tree, np.int32], Tree] = lambda data, epoch: data
-    draw: Callable[[Tree, jax.Array], Tree] = lambda data, key: ()
-    demand: Callable[..., jax.Array] | None = None
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long, how fast. `patience` is in epochs without a better validation metric."""
-
-    epochs: int
-    batch: int
-    learning_rate: float
-    weight_decay: float = 0.0
-    warmup_fraction: float = 0.05
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    patience: int = 3
-
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        schedule = learning_rate_schedule(
-            self.learning_rate,
-            steps * self.epochs,
-            warmup_fraction=self.warmup_fraction,
-            decay=self.decay,
-        )
-        # On one flat vector: a kernel instead of one a leaf, in compiling as in running.
-        return optax.flatten(optax.adamw(schedule, weight_decay=self.weight_decay))
-
-
-@struct.dataclass
-class Member:
-    """All that one member carries from epoch to epoch; stacked over members on axis 0."""
-
-    params: Tree
-    optimizer: Tree
-    best_params: Tree
-    best: jax.Array  # best validation metric so far
-    best_epoch: jax.Array
-    stale: jax.Array  # epochs since the best
-    key: jax.Array
 
 
 @dataclass(frozen=True)
@@ -147,6 +96,8 @@ def fit(
     def of_members(value: Tree) -> Any:
         return jax.tree.map(lambda leaf: leaf[:num_members], on_host(value))
 
+    key_R = jnp.copy(state.key)  # the state is donated
+    draw = partial(_drawn, problem, data, pool_RT, key_R, steps=steps, mesh=mesh)
     losses, validations, capacity = [], [], 0
     skipped = _Skipped(num_members, max_skipped)
 
@@ -160,17 +111,15 @@ def fit(
             skipped_R=skipped.count_R,
         )
 
-    for epoch in range(schedule.epochs):
-        number = np.int32(epoch)
-        fresh = problem.refresh(data, number)
-        order_RSB = _shuffled(pool_RT, state.key, number, steps, mesh)
+    for epoch, (fresh, order_RSB, need) in enumerate(_one_ahead(draw, schedule.epochs)):
         before = capacity
-        if problem.demand is not None:
-            need = int(on_host(_largest_demand(problem.demand, fresh, order_RSB, mesh)).max())
-            capacity = max(capacity, -(-need // CAPACITY_STEP) * CAPACITY_STEP)
+        if need is not None:
+            largest = int(on_host(need).max())
+            capacity = max(capacity, -(-largest // CAPACITY_STEP) * CAPACITY_STEP)
         program = partial(run_epoch, problem, schedule, steps, capacity, mesh=mesh)
-        state, loss_R, skipped_RS, validation_R = _run(
-            program, state, fresh, order_RSB, number, mesh, new=epoch == 0 or capacity != before
+        new = epoch == 0 or capacity != before
+        state, loss_R, skipped_RS, validation_R = run_members(
+            program, state, fresh, order_RSB, np.int32(epoch), mesh, new=new
         )
         losses.append(of_members(loss_R))
         validations.append(of_members(validation_R))
@@ -232,37 +181,6 @@ def _spread(
     return spread(pool_RT), jax.tree.map(spread, state), placed
 
 
-def _each_device(function: Callable, mesh: Mesh | None, whole: int) -> Callable:
-    """A function of stacked members, on a mesh run by each device on its own; the last `whole`
-    arguments are the same for all of them."""
-    if mesh is None:
-        return function
-
-    def on_devices(*arguments: Any) -> Any:
-        own = [MEMBERS] * (len(arguments) - whole)
-        specs = (*own, *[PartitionSpec()] * whole)
-        # No collective is in it, so there is nothing to check (and flax's scans fail the check).
-        return jax.shard_map(
-            function, mesh=mesh, in_specs=specs, out_specs=MEMBERS, check_vma=False
-        )(*arguments)
-
-    return on_devices
-
-
-def first_state(params_R: Tree, key: jax.Array, optimizer: optax.GradientTransformation) -> Member:
-    """All members before their first epoch; the parameters given stay the caller's."""
-    num_members = len(jax.tree.leaves(params_R)[0])
-    return Member(
-        params=jax.tree.map(jnp.copy, params_R),  # donated to the first epoch
-        optimizer=jax.vmap(optimizer.init)(params_R),
-        best_params=jax.tree.map(jnp.copy, params_R),
-        best=jnp.full((num_members,), -jnp.inf, jnp.float32),
-        best_epoch=jnp.full((num_members,), -1, jnp.int32),
-        stale=jnp.zeros((num_members,), jnp.int32),
-        key=jax.random.split(key, num_members),
-    )
-
-
 def _pools(draws_RL: np.ndarray, batch: int) -> tuple[jax.Array, int]:
     """Each member's example indices, padded with -1 to a whole number of batches."""
     largest = int(draws_RL.sum(1).max(initial=0))
@@ -276,6 +194,37 @@ def _pools(draws_RL: np.ndarray, batch: int) -> tuple[jax.Array, int]:
     return jnp.asarray(pool_RT), steps
 
 
+def _drawn(
+    problem: Problem,
+    data: Tree,
+    pool_RT: jax.Array,
+    key_R: jax.Array,
+    epoch: int,
+    *,
+    steps: int,
+    mesh: Mesh | None,
+) -> tuple[Tree, jax.Array, jax.Array | None]:
+    """The data of an epoch, its batches, and what they demand."""
+    number = np.int32(epoch)
+    fresh = problem.refresh(data, number)
+    order_RSB = _shuffled(pool_RT, key_R, number, steps, mesh)
+    if problem.demand is None:
+        return fresh, order_RSB, None
+    return fresh, order_RSB, _largest_demand(problem.demand, fresh, order_RSB, mesh)
+
+
+def _one_ahead(draw: Callable[[int], T], epochs: int) -> Iterator[T]:
+    """What is drawn for each epoch, the next while one runs: from one thread a CPU would do one
+    after the other."""
+    with ThreadPoolExecutor(1) as ahead:
+        drawn = ahead.submit(draw, 0)
+        for epoch in range(epochs):
+            now = drawn.result()
+            if epoch + 1 < epochs:
+                drawn = ahead.submit(draw, epoch + 1)
+            yield now
+
+
 @partial(jax.jit, static_argnums=(3, 4))
 def _shuffled(
     pool_RT: jax.Array, key_R: jax.Array, epoch: jax.Array, steps: int, mesh: Mesh | None
@@ -287,7 +236,7 @@ def _shuffled(
         return jax.lax.sort_key_val(bits_T, pool_T)[1].reshape(steps, -1)
 
     shuffle = jax.vmap(one, in_axes=(0, 0, None))
-    return _each_device(shuffle, mesh, whole=1)(pool_RT, key_R, epoch)
+    return each_device(shuffle, mesh, whole=1)(pool_RT, key_R, epoch)
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -301,96 +250,4 @@ def _largest_demand(
         need_x = jax.lax.map(lambda index_B: demand(data, jnp.maximum(index_B, 0)), flat)
         return need_x.max(keepdims=True)
 
-    return _each_device(largest, mesh, whole=1)(order_RSB, data)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="mesh", donate_argnums=4)
-def run_epoch(
-    problem: Problem,
-    schedule: Schedule,
-    steps: int,
-    capacity: int,
-    state_R: Member,
-    data: Tree,
-    order_RSB: jax.Array,
-    epoch: jax.Array,
-    mesh: Mesh | None = None,
-) -> tuple[Member, jax.Array, jax.Array, jax.Array]:
-    """One pass of every member over its batches: the new state, mean losses of the steps taken,
-    which steps were skipped, validation metrics."""
-    optimizer = schedule.optimizer(steps)
-
-    def train(state: Member, order_SB: jax.Array, data: Tree, epoch: jax.Array):
-        epoch_key = jax.random.fold_in(state.key, 2 * epoch + 1)
-        drawn = problem.draw(data, epoch_key)
-
-        def batch_loss(params, index_B, step_key):
-            real_B = index_B >= 0
-            loss_B = problem.loss(params, data, drawn, jnp.maximum(index_B, 0), step_key, capacity)
-            return jnp.where(real_B, loss_B, 0.0).sum() / jnp.maximum(real_B.sum(), 1)
-
-        def step(carry, now):
-            params, moments = carry
-            index_B, number = now
-            step_key = jax.random.fold_in(epoch_key, number + 1)
-            loss, grads = jax.value_and_grad(batch_loss)(params, index_B, step_key)
-            updates, moved = optimizer.update(grads, moments, params)
-            finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-            new = (optax.apply_updates(params, updates), moved)
-            kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, carry)
-            return kept, (loss, finite)
-
-        carry = (state.params, state.optimizer)
-        numbered = (order_SB, jnp.arange(steps))
-        (params, moments), (loss_S, finite_S) = jax.lax.scan(step, carry, numbered)
-        validation = problem.validate(params, data)
-        state = replace(state, params=params, optimizer=moments)
-        state = _keep_best(state, validation, epoch, schedule.patience)
-        loss = jnp.where(finite_S, loss_S, 0.0).sum() / finite_S.sum()
-        return state, loss, ~finite_S, validation
-
-    train_all = jax.vmap(train, in_axes=(0, 0, None, None))
-    return _each_device(train_all, mesh, whole=2)(state_R, order_RSB, data, epoch)
-
-
-def _run(
-    program: Callable[..., tuple[Member, jax.Array, jax.Array, jax.Array]],
-    state_R: Member,
-    data: Tree,
-    order_RSB: jax.Array,
-    epoch: np.int32,
-    mesh: Mesh | None,
-    *,
-    new: bool,
-) -> tuple[Member, jax.Array, jax.Array, jax.Array]:
-    """`run_epoch` of all members: one program, but on a CPU one for each, as many at once as there
-    are cores. A member's products are too small to be split, so that one program of all leaves the
-    other cores idle. A `new` program is compiled by the first member alone.
-    """
-    members = len(order_RSB)
-    if mesh is not None or members == 1 or jax.default_backend() != "cpu":
-        return program(state_R, data, order_RSB, epoch)
-
-    def one(member: int) -> tuple[Member, jax.Array, jax.Array, jax.Array]:
-        own = slice(member, member + 1)
-        state, order_1SB = jax.tree.map(lambda leaf: leaf[own], (state_R, order_RSB))
-        return jax.block_until_ready(program(state, data, order_1SB, epoch))
-
-    first = [one(0)] if new else []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        results = [*first, *pool.map(one, range(len(first), members))]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
-
-
-def _keep_best(state: Member, validation: jax.Array, epoch: jax.Array, patience: int) -> Member:
-    better = (validation > state.best) & (state.stale < patience)
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(better, new, old), state.params, state.best_params
-    )
-    return replace(
-        state,
-        best_params=kept,
-        best=jnp.where(better, validation, state.best),
-        best_epoch=jnp.where(better, epoch, state.best_epoch),
-        stale=jnp.where(better, 0, state.stale + 1),
-    )
+    return each_device(largest, mesh, whole=1)(order_RSB, data)

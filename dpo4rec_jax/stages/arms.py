@@ -147,6 +147,7 @@ def reranker_config(rank: RankConfig, prepared: Prepared, lists: Lists) -> Reran
         history=rank.history,
         match=rank.match,
         ease=rank.ease,
+        attributes=rank.attributes,
     )
 
 

@@ -23,7 +23,8 @@ from dpo4rec_jax.models.lists import Lists, count_distinct, map_lists, score_bat
 from dpo4rec_jax.models.negatives import Unmet, redrawn, unmet_of
 from dpo4rec_jax.models.reranker import RerankerConfig, attribute_tables
 from dpo4rec_jax.objectives import listwise_loss, ndcg
-from dpo4rec_jax.runtime.fit import Fitted, Problem, Schedule, fit
+from dpo4rec_jax.runtime.epoch import Problem, Schedule
+from dpo4rec_jax.runtime.fit import Fitted, fit
 from dpo4rec_jax.stages.arms import lists_in, reranker_config
 from dpo4rec_jax.weights.reranker import Members
 

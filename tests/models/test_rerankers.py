@@ -14,12 +14,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dpo4rec_jax.models import dlcm, reranker
+from dpo4rec_jax.models import dlcm, lean, reranker
 from dpo4rec_jax.models import lists as device_lists
 from dpo4rec_jax.models.adaptor import ADAPTORS, OUT
 from dpo4rec_jax.models.backbones import BACKBONES
 from dpo4rec_jax.models.dlcm import GRU
-from dpo4rec_jax.models.list_attention import HIDDEN_SCORE, LayerNorm, softmax
+from dpo4rec_jax.models.list_attention import (
+    HIDDEN_SCORE,
+    NORM_EPSILON,
+    Attention,
+    LayerNorm,
+    softmax,
+)
 from dpo4rec_jax.models.lists import Lists
 from dpo4rec_jax.models.reranker import RerankerConfig
 
@@ -91,7 +97,9 @@ def permuted(lists: Lists, order: np.ndarray) -> Lists:
     )
 
 
-@pytest.mark.parametrize("backbone", ["setrank", "setrank-isab", "mir"])
+@pytest.mark.parametrize(
+    "backbone", ["setrank", "setrank-isab", "setrank-small", "setrank-tiny", "mir"]
+)
 def test_scores_of_a_set_move_with_their_candidates(backbone):
     config, params, lists = make(backbone)
     order = np.random.default_rng(2).permutation(N)
@@ -108,7 +116,7 @@ def test_a_list_scores_the_same_whoever_is_in_its_batch(backbone):
     np.testing.assert_allclose(turned[::-1], score(config, params, lists), atol=1e-5)
 
 
-@pytest.mark.parametrize("backbone", ["prm", "dlcm"])
+@pytest.mark.parametrize("backbone", ["prm", "prm-small", "prm-tiny", "dlcm"])
 def test_prm_and_dlcm_know_the_order_of_the_list(backbone):
     config, params, lists = make(backbone)
     order = np.arange(N)[::-1]
@@ -253,6 +261,58 @@ def test_layer_norm_by_products_equals_flaxs():
     )
     np.testing.assert_allclose(ours[0], theirs[0], atol=1e-5)
     np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5, rtol=1e-5)
+
+
+def test_scaling_has_the_gradient_of_its_formula():
+    x = jnp.asarray(np.random.default_rng(0).normal(3.0, 2.0, (4, 7, 64)), jnp.float32)
+    x = x.at[0, 0].set(0.0)
+    plain = value_and_gradient(
+        lambda x: x / jnp.sqrt((x * x).mean(-1, keepdims=True) + NORM_EPSILON), x
+    )
+    ours = value_and_gradient(lean.scaled, x)
+    np.testing.assert_allclose(ours[0], plain[0], atol=1e-5)
+    np.testing.assert_allclose(ours[1], plain[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_look_up_is_attention_of_one_head_whose_keys_are_their_own_values():
+    random = np.random.default_rng(0)
+    query, key, weight = (jnp.asarray(random.normal(size=(3, N, 6)), jnp.float32) for _ in range(3))
+    mask = jnp.arange(N)[None] < jnp.asarray([[N], [3], [0]])
+    identity = np.eye(6, dtype=np.float32)
+    kernels = {"query": identity, "key_value": np.tile(identity, 2), "out": identity}
+    params = {
+        name: {"kernel": kernel, "bias": np.zeros(kernel.shape[1], np.float32)}
+        for name, kernel in kernels.items()
+    }
+
+    def attended(query: jax.Array, key: jax.Array) -> Any:
+        return Attention(1).apply({"params": params}, query, key, mask)
+
+    def gradients(function: Any) -> Any:
+        # A list that is all padding has no loss, and so no gradient.
+        real = weight * mask.any(1)[:, None, None]
+        by_both = jax.grad(lambda q, k: (function(q, k) * real).sum(), argnums=(0, 1))
+        return function(query, key), by_both(query, key)
+
+    chex.assert_trees_all_close(
+        gradients(lambda q, k: lean.looked_up(q, k, mask)), gradients(attended), atol=1e-5
+    )
+
+
+def test_attributes_are_added_to_the_item_or_stand_beside_it():
+    joined, params, lists = make("setrank-tiny", knowledge=False)
+    added = replace(joined, attributes="added")
+    tables = reranker.attribute_tables(joined, lists.attribute_IAM)
+
+    def parts(config: RerankerConfig) -> list[jax.Array]:
+        module = reranker.Reranker(config)
+        return module.apply({"params": params}, lists.item_LN, tables, method="embedded")
+
+    assert len(parts(joined)) == 1 + len(SIZES)
+    np.testing.assert_allclose(parts(added)[0], sum(parts(joined)), atol=1e-6)
+    assert len(parts(added)) == 1
+    width = jax.eval_shape(lambda: reranker.init(added, jax.random.key(0)))
+    assert width["backbone"]["encoder"]["score"]["kernel"].shape == (joined.embedding, 1)
 
 
 def apply(module: GRU, variables: Any, *arguments: Any) -> Any:

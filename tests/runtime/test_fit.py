@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo4rec_jax.runtime.fit import CAPACITY_STEP, Diverged, Problem, Schedule, fit
+from dpo4rec_jax.runtime.epoch import Problem, Schedule
+from dpo4rec_jax.runtime.fit import CAPACITY_STEP, Diverged, fit
 
 EXAMPLES, WIDTH = 37, 3
 SCHEDULE = Schedule(epochs=4, batch=8, learning_rate=0.3, patience=10)
