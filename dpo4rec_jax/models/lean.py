@@ -3,8 +3,7 @@
 With one head, the products of W_q and W_k, and of W_v and W_o, are each one matrix (the score is
 Luong's "general" one, arXiv 1508.04025), and the latter may be left to the feed-forward half that
 follows. Norms are root mean squares (Zhang and Sennrich 2019, arXiv 1910.07467) without weights of
-their own, which the products behind them have. What a step spends on copies and sums is a third of
-what `list_attention.Block` does, what it learns hardly less (docs/benchmarks.md).
+their own, which the products behind them have. docs/benchmarks.md has what that saves and costs.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpo4rec_jax.models.list_attention import HIDDEN_SCORE, NORM_EPSILON, dropout
+from dpo4rec_jax.models.list_attention import HIDDEN_SCORE, NORM_EPSILON, dropout, softmax
 from dpo4rec_jax.models.row_sums import row_sums
 
 
@@ -53,8 +52,7 @@ def _look_up(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     score_BNS = _product(query_BND, key_BSD.mT) * key_BSD.shape[-1] ** -0.5
     score_BNS = jnp.where(mask_BS[:, None], score_BNS, HIDDEN_SCORE)
-    weight_BNS = jnp.exp(score_BNS - score_BNS.max(-1, keepdims=True))
-    weight_BNS = weight_BNS / row_sums(weight_BNS)
+    weight_BNS = softmax(score_BNS)
     return _product(weight_BNS, key_BSD), (query_BND, key_BSD, weight_BNS)
 
 
