@@ -23,6 +23,7 @@ from dpo4rec_jax.runtime.loader import Feed, Microbatch
 from dpo4rec_jax.runtime.processes import this
 from dpo4rec_jax.runtime.progress import MetricsLog, Progress, Stopped, Task
 from dpo4rec_jax.runtime.state import Loss, TrainState, Tree
+from dpo4rec_jax.runtime.throttle import Throttle
 from dpo4rec_jax.workspace import write_json
 
 Place = Callable[[Mapping[str, np.ndarray]], Mapping[str, jax.Array]]
@@ -150,6 +151,7 @@ class Programs:
     ):
         self._loss, self._optimizer, self._schedule = loss, optimizer, schedule
         self._compiled: dict[Any, Any] = {}
+        self._throttle = Throttle()
         self.seconds_compiling = 0.0
 
     def run(
@@ -162,6 +164,7 @@ class Programs:
         if microbatch.ends_step:
             for end in at_the_end:
                 state, figures = self._call(end, None, state)
+        self._throttle(state.step)
         return state, figures
 
     def functions(self, accumulating: bool) -> dict[str, Any]:

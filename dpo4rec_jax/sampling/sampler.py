@@ -18,6 +18,7 @@ import numpy as np
 from dpo4rec_jax.config import InputError
 from dpo4rec_jax.models import llama
 from dpo4rec_jax.models.llama import LlamaConfig
+from dpo4rec_jax.runtime.throttle import Throttle
 from dpo4rec_jax.sampling import steps
 from dpo4rec_jax.sampling.filters import Settings
 from dpo4rec_jax.sampling.layout import Layout, common_head, cover, plan_layout
@@ -217,6 +218,7 @@ class _Device:
         if layout.parked:  # prompts are prefilled in the last
             self._prefixes.append(steps.parking(config, layout, self._sharding))
         self._running_XB = np.zeros((layout.shards, layout.rows), bool)
+        self._throttle = Throttle()
 
     def prefill_head(self, prompt: Sequence[int]) -> None:
         """Writes the common tokens, which this prompt begins with, into every prefix slot."""
@@ -248,6 +250,7 @@ class _Device:
         self._prefixes[-1] = steps.prefill(
             self._config, self._params, self._prefixes[-1], *arguments, self._sharding
         )
+        self._throttle(self._prefixes[-1])
 
     def move(self, moves: Sequence[Move]) -> None:
         """Brings parked prompts, one a shard at the most, to where rows attend to them."""

@@ -7,6 +7,7 @@ from process_group import finish, start
 
 CODE = """
 import sys, tempfile
+from functools import partial
 import jax, numpy as np
 from pathlib import Path
 from dpo4rec_jax.config import LoraConfig
@@ -34,9 +35,12 @@ def fresh(mesh):
     state = training.create(trainable, optimizer, 3, figures=())
     return meshes.place_state(state, mesh)
 
+# Compiled, as in a run: of single operations more would be in flight than a CPU's devices take.
+accumulate = jax.jit(partial(training.accumulate, loss))
+update = jax.jit(partial(training.update, optimizer, schedule))
+
 def one_step(state):
-    state = training.accumulate(loss, state, None, {"scale": np.float32(0.5)})
-    return training.update(optimizer, schedule, state)[0]
+    return update(accumulate(state, None, {"scale": np.float32(0.5)}))[0]
 
 def spread(mesh):
     return None if mesh is None else dict(mesh.shape)
