@@ -5,11 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +13,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from process_group import on_eight_devices
 
 from dpo4rec_jax.models import attention, flash
 from dpo4rec_jax.models.attention import Causal, Shared
@@ -283,14 +280,7 @@ assert got.sharding.is_equivalent_to(heads, 4), got.sharding
 
 @pytest.mark.slow
 def test_splash_on_a_mesh_computes_each_devices_own_rows_and_heads() -> None:
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [sys.executable, "-c", ON_EIGHT_DEVICES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    on_eight_devices(ON_EIGHT_DEVICES)
 
 
 CONFIG = LlamaConfig(97, 48, 80, 2, 4, 2, 64, dtype="bfloat16")

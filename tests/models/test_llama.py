@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from process_group import on_eight_devices
 
 from dpo4rec_jax.models import llama, rope
 from dpo4rec_jax.models.attention import Causal, Shared
@@ -221,14 +219,7 @@ for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
 
 
 def test_mesh_gathers_parameters_and_changes_no_gradient() -> None:
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [sys.executable, "-c", ON_EIGHT_DEVICES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    on_eight_devices(ON_EIGHT_DEVICES)
 
 
 def test_compute_dtype_and_parameter_dtype_are_apart(

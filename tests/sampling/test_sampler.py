@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from process_group import on_eight_devices
 from scipy import special, stats
 
 from dpo4rec_jax.config import InputError
@@ -331,12 +328,11 @@ def test_a_policy_without_numbers_is_refused_and_does_not_hang(policy) -> None:
 
 
 EIGHT_DEVICES = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import test_sampler as t
+import json
+import jax
 from dpo4rec_jax.runtime.mesh import make_mesh
 from dpo4rec_jax.sampling import plan_layout, stream
-import jax
+from sampling import test_sampler as t
 policy, found = t.tiny_policy(), {}
 for tensor in (1, 2):
     mesh = make_mesh({"data": -1, "tensor": tensor})
@@ -354,19 +350,10 @@ print(json.dumps(found))
 
 
 def test_eight_devices_write_the_texts_of_one(policy) -> None:
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES, str(Path(__file__).parent)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(on_eight_devices(EIGHT_DEVICES).splitlines()[-1])
     expected = tokens_of(sample(policy, HEADED, 4, 12, slots=6, seed=3))
     rows = [tokens for row in expected for tokens in row]
-    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
-        others = [tokens for row in found for tokens in row]
+    for name, of_tensor in found.items():
+        others = [tokens for row in of_tensor for tokens in row]
         share = np.mean([one != other for one, other in zip(rows, others, strict=True)])
         assert share <= 0.01, f"tensor {name}"

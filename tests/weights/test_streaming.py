@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import hf_models
 import jax
 import numpy as np
 import pytest
+from process_group import on_eight_devices
 
 from dpo4rec_jax.config import LoraConfig
 from dpo4rec_jax.models import lora
@@ -62,19 +60,6 @@ print(json.dumps({"before": before, "after": resident("VmRSS"), "peak": resident
 """
 
 
-def run(script: str, *arguments: Any) -> str:
-    """The output of a script on eight simulated devices."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_eight_devices_hold_and_compute_what_one_does(tmp_path: Path) -> None:
     directory = hf_models.save_model(hf_models.make_model("qwen-2"), tmp_path / "model")
     base = load_policy(directory)
@@ -87,7 +72,7 @@ def test_eight_devices_hold_and_compute_what_one_does(tmp_path: Path) -> None:
     policy = load_policy(directory, adapters=[tmp_path / "adapter"])
     np.save(tmp_path / "tokens.npy", TOKENS_BT)
     files = [tmp_path / f"{name}.npy" for name in ("tokens", "logits", "up")]
-    run(SHARDED, directory, 0, *files, tmp_path / "adapter")
+    on_eight_devices(SHARDED, directory, 0, *files, tmp_path / "adapter")
     up = policy.params["layers"]["up"]["kernel"]
     np.testing.assert_allclose(np.load(tmp_path / "up.npy"), up, atol=1e-6, rtol=0)
     ours = policy.logits(TOKENS_BT, LENGTH_B)
@@ -119,7 +104,7 @@ def test_loading_two_gigabytes_holds_little_more_than_the_sharded_copy(tmp_path:
     (tmp_path / "config.json").write_text(json.dumps(values))
     total, largest = write_random_checkpoint(tmp_path, values)
     assert total > 1.9e9
-    measured = json.loads(run(MEASURED, tmp_path))
+    measured = json.loads(on_eight_devices(MEASURED, tmp_path).splitlines()[-1])
     above = measured["peak"] - measured["before"] - total
     print(f"checkpoint {total}, largest tensor {largest}, peak above the sharded copy {above}")
     assert above < 1.3 * largest
