@@ -54,6 +54,10 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("code", [STEP_OF_MANY_MICROBATCHES, MANY_PROMPTS_BEFORE_THE_FIRST_TOKEN])
+@pytest.mark.parametrize(
+    "code",
+    [STEP_OF_MANY_MICROBATCHES, MANY_PROMPTS_BEFORE_THE_FIRST_TOKEN],
+    ids=["microbatches", "prompts"],
+)
 def test_many_programs_in_a_row_do_not_hang_eight_cpu_devices(code: str) -> None:
     assert on_eight_devices(code).endswith("done\n")
